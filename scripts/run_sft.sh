@@ -1,0 +1,39 @@
+#!/bin/sh
+# Supervised fine-tuning on the conversations in data/finetune. Makes what is missing: environment, model. Examples:
+#   sh scripts/run_sft.sh
+#   NPROC=2 DEEPSPEED=scripts/zero2.json sh scripts/run_sft.sh --max_steps 10
+# Arguments given here come last and win; scripts/env.sh lists the variables it reads.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/env.sh
+
+choose_parent pt
+launch supervised_finetuning.py \
+    --model_name_or_path "$MODEL" \
+    --train_file_dir data/finetune \
+    --validation_file_dir data/eval/questions.jsonl \
+    --output_dir "$OUTPUT_ROOT/sft" \
+    --do_train \
+    --do_eval \
+    --max_length 1024 \
+    --num_train_epochs "${EPOCHS:-2}" \
+    --per_device_train_batch_size 4 \
+    --gradient_accumulation_steps 4 \
+    --learning_rate "$LEARNING_RATE" \
+    --warmup_steps 0.05 \
+    --lr_scheduler_type cosine \
+    --logging_steps 5 \
+    --eval_strategy steps \
+    --eval_steps 50 \
+    --save_strategy steps \
+    --save_steps 50 \
+    --save_total_limit 2 \
+    --use_peft True \
+    --target_modules all \
+    --lora_rank "$LORA_RANK" \
+    --lora_alpha "$LORA_ALPHA" \
+    --lora_dropout 0.05 \
+    --activation_checkpointing "$ACTIVATION_CHECKPOINTING" \
+    $PRECISION \
+    ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} \
+    "$@"

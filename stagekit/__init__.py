@@ -1,0 +1,1 @@
+"""What the stage scripts share: plain functions, called in order, by name."""

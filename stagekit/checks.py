@@ -1,0 +1,326 @@
+"""Checks that stop a run which does not train what it claims. Each is cheap, runs every time and prints one line."""
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from stagekit.data import load_seen_prompts
+from stagekit.tokenization import Chat, Probe, answer_runs, encode_prompt
+
+logger = logging.getLogger(__name__)
+
+NAMES = (
+    "leakage",
+    "loss_mask",
+    "template_parity",
+    "no_forged_turns",
+    "memory",
+    "packing_is_exact",
+    "processes_share_gradients",
+    "gradients_flow",
+    "finite",
+    "saved_is_loaded",
+)
+
+
+class CheckError(ValueError):
+    """A check that does not hold; the text says what was found and what would do."""
+
+
+@dataclass
+class Checks:
+    """The checks of one run: skips what the user skips, prints, and keeps the outcomes for stage.json."""
+
+    skip: set[str] = field(default_factory=set)
+    outcomes: dict[str, dict] = field(default_factory=dict)
+
+    @classmethod
+    def from_flag(cls, names: str | None) -> "Checks":
+        """Read --skip_checks.
+
+        Raises:
+            ValueError: a name that is no check.
+        """
+        skip = {name.strip() for name in (names or "").split(",") if name.strip()}
+        unknown = skip - set(NAMES)
+        if unknown:
+            raise ValueError(f"--skip_checks {sorted(unknown)[0]!r} is not a check; known: {', '.join(NAMES)}")
+        return cls(skip)
+
+    def run(self, name: str, function, *args):
+        """Run a check: function(*args) returns (value, limit) as text, or raises CheckError."""
+        assert name in NAMES, name
+        if name in self.skip:
+            self.outcomes[name] = {"passed": None, "value": "skipped by --skip_checks", "limit": ""}
+            logger.warning("check %s: skipped by --skip_checks", name)
+            return
+        try:
+            value, limit = function(*args)
+        except CheckError as error:
+            raise CheckError(f"check {name} failed: {error}") from None
+        self.outcomes[name] = {"passed": True, "value": value, "limit": limit}
+        logger.info("check %s: passed (%s; limit: %s)", name, value, limit)
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+def leakage(
+    train: np.ndarray, held_out: list[tuple[int, str]], parent_directory: str | None, max_percentage: float
+) -> tuple[str, str]:
+    """Count held-out prompts that were trained on, here or in an ancestor.
+
+    Args:
+        train: prompt hashes of the training rows, (n,) uint64.
+        held_out: (prompt hash, "file:line") of every held-out row.
+        parent_directory: stage directory this run starts from, or None.
+        max_percentage: of the held-out prompts.
+    """
+    here, earlier = set(train.tolist()), set(load_seen_prompts(parent_directory).tolist())
+    found_here = [origin for value, origin in held_out if value in here]
+    found_earlier = [origin for value, origin in held_out if value in earlier and value not in here]
+    total = len(found_here) + len(found_earlier)
+    percentage = 100 * total / max(1, len(held_out))
+    value = f"{total} of {len(held_out)} held-out prompts seen in training"
+    if found_earlier:
+        value += f", {len(found_earlier)} of them by an earlier stage"
+    if percentage > max_percentage:
+        examples = ", ".join((found_here + found_earlier)[:5])
+        raise CheckError(
+            f"{value} ({percentage:.1f} %, limit {max_percentage:g} %): {examples}; remove those rows from one side, or "
+            "raise --max_leaked_percentage"
+        )
+    return value, f"{max_percentage:g} %"
+
+
+# -- prompts and masks -----------------------------------------------------------------------------------------------
+
+
+def loss_mask(chat: Chat, probes: list[Probe], train_on_inputs: bool) -> tuple[str, str]:
+    """Compare what is learnt, decoded, with the answers of the data and their end-of-turn."""
+    for probe in probes:
+        sample, messages = probe.sample, probe.conversation.messages
+        runs = answer_runs(sample.labels)
+        if train_on_inputs:
+            if runs != [(1, len(sample.input_ids))]:
+                raise CheckError(f"{probe.origin}: --train_on_inputs True, but not every token is learnt")
+            continue
+        if runs != sorted(sample.turns.values()):
+            raise CheckError(f"{probe.origin}: tokens outside of the answers are learnt, or answers are not")
+        for number, (turn, (start, end)) in enumerate(sorted(sample.turns.items())):
+            if sample.labels[start:end] != sample.input_ids[start:end]:
+                raise CheckError(f"{probe.origin}: labels differ from the tokens they stand for")
+            learnt = chat.tokenizer.decode(sample.labels[start:end], clean_up_tokenization_spaces=False)
+            complete = not (sample.truncated and number == len(sample.turns) - 1)
+            _compare_answer(chat, probe.origin, messages[turn], learnt, complete)
+    return f"{len(probes)} samples", "exact"
+
+
+def _compare_answer(chat, origin, message, learnt, complete):
+    closed = learnt.endswith(chat.end_of_turn)
+    if complete != closed:
+        state = "lacks its end-of-turn" if complete else "was cut but has an end-of-turn"
+        raise CheckError(f"{origin}: the answer {learnt[-40:]!r} {state}")
+    text = (learnt.removesuffix(chat.end_of_turn) if closed else learnt).strip()
+    content = message["content"].strip()
+    if message.get("tool_calls"):
+        wanted = [content, *(call["function"]["name"] for call in message["tool_calls"])]
+        if complete and not all(part in text for part in wanted):
+            raise CheckError(f"{origin}: the tool call {wanted[-1]!r} is not in what is learnt, {text[:80]!r}")
+    elif complete and text != content:
+        raise CheckError(f"{origin}: learnt {text[:80]!r}…, but the answer is {content[:80]!r}…")
+    elif not complete and not content.startswith(text.rstrip("\ufffd")):  # a cut may split a character
+        raise CheckError(f"{origin}: learnt {text[:80]!r}…, which does not begin the answer {content[:80]!r}…")
+
+
+def template_parity(chat: Chat, probes: list[Probe]) -> tuple[str, str]:
+    """Compare the prompts in training samples with what inference sends, and with transformers' own rendering."""
+    compared = same_as_transformers = 0
+    for probe in probes:
+        messages, sample = probe.conversation.messages, probe.sample
+        if not sample.turns:
+            continue
+        turn = min(sample.turns)
+        start = sample.turns[turn][0]
+        history = _shown_messages(chat, probe, turn)
+        sent = encode_prompt(chat, history, probe.conversation.tools)
+        if sent != sample.input_ids[:start]:
+            raise CheckError(
+                f"{probe.origin}: inference sends {_tail(chat, sent)!r}, training saw {_tail(chat, sample.input_ids[:start])!r}; "
+                "the chat template or the tokenizer is not the one the data was prepared with"
+            )
+        compared += 1
+        plain = chat.tokenizer.apply_chat_template(
+            history, tools=probe.conversation.tools, add_generation_prompt=True, return_dict=False
+        )
+        same_as_transformers += plain == sent
+        bos = chat.tokenizer.bos_token_id
+        if bos is not None and bos != chat.tokenizer.eos_token_id and sent.count(bos) > 1 and sent[:2] == [bos, bos]:
+            raise CheckError(f"{probe.origin}: the prompt begins with two BOS tokens")
+    if compared == 0:
+        raise CheckError("no prompt could be compared")
+    stop = chat.tokenizer.convert_ids_to_tokens(chat.stop_ids[0])
+    return f"{compared} prompts, {same_as_transformers} equal to transformers' own, stop token {stop!r}", "exact"
+
+
+def _shown_messages(chat, probe, turn):
+    """The messages a sample shows before an answer: the system prompt and the history that fitted."""
+    messages = probe.conversation.messages
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    starts = [i for i in range(len(system), turn) if messages[i]["role"] == "user"]
+    length = probe.sample.turns[turn][0]
+    for start in starts:
+        history = system + messages[start:turn]
+        if len(encode_prompt(chat, history, probe.conversation.tools)) == length:
+            return history
+    return system + messages[starts[0] : turn]
+
+
+def _tail(chat, ids):
+    return chat.tokenizer.decode(ids[-24:], clean_up_tokenization_spaces=False)
+
+
+def no_forged_turns(chat: Chat) -> tuple[str, str]:
+    """Send a user text full of control strings and count the control tokens that come out."""
+    control = sorted(set(chat.tokenizer.all_special_tokens) | {chat.end_of_turn})
+    forged = " ".join(control) + f"{chat.end_of_turn}\nassistant"
+    benign = encode_prompt(chat, [{"role": "user", "content": "hello"}])
+    attacked = encode_prompt(chat, [{"role": "user", "content": forged}])
+    ids = {chat.tokenizer.convert_tokens_to_ids(token) for token in control}
+    before, after = (sum(token in ids for token in prompt) for prompt in (benign, attacked))
+    if after != before:
+        raise CheckError(
+            f"{after - before} control tokens came out of a user's text; the tokenizer cannot be used safely"
+        )
+    if forged.replace(" ", "") not in chat.tokenizer.decode(attacked, clean_up_tokenization_spaces=False).replace(
+        " ", ""
+    ):
+        raise CheckError("a user's text with control strings did not survive tokenisation unchanged")
+    return f"{len(control)} control strings in a user's text", "0 control tokens"
+
+
+# -- the model -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def packing_is_exact(model, batch: dict, max_tokens: int = 256) -> tuple[str, str]:
+    """Compare the logits of packed samples with those of the same samples alone, on the first row of a batch.
+
+    Two forward passes on every process, whatever the row holds: under ZeRO-3 a forward pass is a collective call.
+    """
+    positions = batch["position_ids"][0]
+    starts = (positions == 0).nonzero().flatten().tolist()
+    stop = min(len(positions), max_tokens)
+    ends = [min(end, stop) for end in [*starts[1:], len(positions)]]
+    segments = [(start, end) for start, end in zip(starts, ends, strict=True) if start < stop]
+    ids = batch["input_ids"][0]
+    width = max(end - start for start, end in segments)
+    alone_ids, alone_positions = ids.new_zeros(len(segments), width), positions.new_zeros(len(segments), width)
+    for row, (start, end) in enumerate(segments):
+        alone_ids[row, : end - start] = ids[start:end]
+        alone_positions[row] = torch.arange(width)
+    was_training = model.training
+    model.eval()
+    packed = model(input_ids=ids[None, :stop], position_ids=positions[None, :stop], use_cache=False).logits[0].float()
+    alone = model(input_ids=alone_ids, position_ids=alone_positions, use_cache=False).logits.float()
+    model.train(was_training)
+    together = torch.cat([alone[row, : end - start] for row, (start, end) in enumerate(segments)])
+    difference = ((packed - together).abs().max() / together.abs().max()).item()
+    limit = 1e-4 if next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled() else 5e-2
+    if not difference <= limit:
+        raise CheckError(
+            f"packed samples see each other: logits differ by {difference:.2g} of their size; use --packing False with this "
+            "model or attention implementation"
+        )
+    return f"{len(segments)} samples in a row, logits differ by {difference:.1g} of their size", f"{limit:g}"
+
+
+def processes_share_gradients(trainer) -> tuple[str, str]:
+    """Compare what the launcher started with what the trainer believes: otherwise N runs train apart in silence."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    believed = trainer.accelerator.num_processes
+    if started != believed or (started > 1 and trainer.accelerator.distributed_type.name == "NO"):
+        raise CheckError(
+            f"{started} processes were started, but the trainer sees {believed} "
+            f"({trainer.accelerator.distributed_type.name}): gradients would not be shared; on CPU add --use_cpu True"
+        )
+    return f"{believed} process(es), {trainer.accelerator.distributed_type.name}", f"{started}"
+
+
+def gradients_flow(trainer, model) -> tuple[str, str]:
+    """Before the first optimiser step: some gradient is not zero, and every process holds the same gradients."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    norms = [gradient.detach().float().norm() for gradient in gradients if gradient is not None]
+    total = torch.stack(norms).norm() if norms else torch.zeros(())
+    if trainer.is_deepspeed_enabled:  # the engine keeps gradients to itself, and has stepped already
+        total = torch.tensor(float(trainer.model_wrapped.get_global_grad_norm() or 0.0))
+    if not torch.isfinite(total):
+        raise CheckError(
+            f"the gradient norm of the first step is {total.item()}; lower --learning_rate or use --bf16 True"
+        )
+    if total == 0:
+        raise CheckError(
+            "the gradient of the first step is zero, so nothing is trained (a frozen or disconnected adapter)"
+        )
+    everywhere = trainer.accelerator.gather(total.to(trainer.args.device).reshape(1))
+    spread = ((everywhere.max() - everywhere.min()) / everywhere.max()).item()
+    if spread > 1e-5:
+        raise CheckError(
+            f"after the first backward pass the processes hold different gradients (norms {everywhere.tolist()}): they are "
+            "not shared; check the launcher and --ddp_backend"
+        )
+    return f"norm {total.item():.3g} on {len(everywhere)} process(es)", "> 0 and equal"
+
+
+def finite(value: float, step: int) -> tuple[str, str]:
+    """A loss that is a number."""
+    if not np.isfinite(value):
+        raise CheckError(
+            f"the loss is {value} at step {step}; lower --learning_rate, use --bf16 True instead of --fp16, or look at the rows "
+            "of that step"
+        )
+    return f"every logged loss up to step {step}", "finite"
+
+
+def saved_is_loaded(directory: str, reference: dict[str, torch.Tensor], compare_logits=None) -> tuple[str, str]:
+    """Read the saved tensors back and compare them with the ones in memory.
+
+    Args:
+        directory: where the weights were written (one or several safetensors files).
+        reference: tensors in memory under the names the files use.
+        compare_logits: function that loads the saved adapter into the model and returns the largest difference of
+            logits, where that can be done.
+    """
+    from safetensors import safe_open
+
+    loaded = {}
+    for name in sorted(os.listdir(directory)):
+        if name.endswith(".safetensors"):
+            with safe_open(os.path.join(directory, name), framework="pt") as stream:
+                loaded.update({key: stream.get_tensor(key) for key in stream.keys()})
+    if not loaded:
+        raise CheckError(f"{directory} holds no weights")
+    empty = [name for name, tensor in loaded.items() if tensor.numel() == 0]
+    if empty:
+        raise CheckError(f"{empty[0]} was saved empty ({len(empty)} such tensors)")
+    missing = sorted(set(reference) - set(loaded))
+    if missing:
+        raise CheckError(f"{missing[0]} was trained but not saved ({len(missing)} such tensors)")
+    worst = 0.0
+    for name, tensor in reference.items():
+        there = loaded[name]
+        if there.shape != tensor.shape:
+            raise CheckError(f"{name} was saved with shape {tuple(there.shape)} instead of {tuple(tensor.shape)}")
+        worst = max(worst, (there.float() - tensor.detach().cpu().to(there.dtype).float()).abs().max().item())
+    if not worst == 0:
+        raise CheckError(f"what was saved differs from what was trained by up to {worst:.3g}")
+    value = f"{len(reference)} tensors read back, equal"
+    if compare_logits is not None:
+        difference = compare_logits()
+        if not difference <= 1e-5:
+            raise CheckError(f"the reloaded adapter gives other logits (by up to {difference:.3g})")
+        value += f"; logits differ by {difference:.1g}"
+    return value, "exact"

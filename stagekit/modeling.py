@@ -1,0 +1,329 @@
+"""Load tokenizers, models and adapters the way the flags ask, each process on its own device."""
+
+import inspect
+import logging
+import os
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+
+from stagekit.checkpoint import Source
+
+logger = logging.getLogger(__name__)
+
+
+def fetch_from_modelscope(name: str, revision: str | None, cache_dir: str | None) -> str:
+    """Download a model from ModelScope and return its directory.
+
+    Raises:
+        ValueError: the package modelscope is not installed.
+    """
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise ValueError("--model_hub modelscope needs the package modelscope: pip install modelscope") from None
+    return snapshot_download(name, revision=revision, cache_dir=cache_dir)
+
+
+def explain_hub_error(name: str, error: Exception) -> ValueError:
+    """One line for a hub that does not answer or does not know the model, with the ways out."""
+    known = (
+        "no such model there" if "404" in str(error) or "Repository Not Found" in str(error) else "cannot be reached"
+    )
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    return ValueError(
+        f"model {name!r} is not a directory here, and the hub {endpoint} {known}; three ways out: a mirror "
+        "(HF_ENDPOINT=https://…), --model_hub modelscope, or a local model (a path, or BASE_MODEL=starter for the wrappers)"
+    )
+
+
+def load_config(source: Source, model_args, longest: int | None = None):
+    """Read the model's configuration and apply --rope_scaling.
+
+    Args:
+        source: what checkpoint.resolve found.
+        model_args: ModelArguments.
+        longest: the longest sequence the run will see, in tokens.
+
+    Raises:
+        ValueError: the hub cannot be reached, the directory is no model, or the text is longer than the model's
+            positions and --rope_scaling was not asked for.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            source.base,
+            revision=None if os.path.isdir(source.base) else model_args.model_revision,
+            cache_dir=model_args.cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        if not os.path.isdir(source.base):
+            raise explain_hub_error(source.base, error) from error
+        raise ValueError(f"{source.base}: not a model that transformers can load ({_first_line(error)})") from error
+    trained = getattr(config, "max_position_embeddings", None)
+    if model_args.rope_scaling:
+        _scale_rope(config, model_args.rope_scaling, longest, trained)
+    elif longest and trained and longest > trained:
+        raise ValueError(
+            f"sequences of {longest} tokens do not fit the model's {trained} positions; shorten them, or stretch the "
+            "positions with --rope_scaling yarn"
+        )
+    return config
+
+
+def _scale_rope(config, kind, longest, trained):
+    parameters = getattr(config, "rope_parameters", None)
+    if not parameters or not trained:
+        raise ValueError(f"--rope_scaling {kind}: {config.model_type} has no rotary positions to stretch")
+    if "full_attention" in parameters or any(isinstance(value, dict) for value in parameters.values()):
+        raise ValueError(f"--rope_scaling {kind}: {config.model_type} has several kinds of rotary positions")
+    factor = max(1.0, (longest or trained) / trained)
+    if factor == 1.0:
+        logger.warning(
+            "--rope_scaling %s changes nothing: %s tokens fit the model's %d positions", kind, longest, trained
+        )
+        return
+    config.rope_parameters = {**parameters, "rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        config.rope_parameters["original_max_position_embeddings"] = trained
+    if kind != "dynamic":  # dynamic NTK starts stretching where the model's own length ends
+        config.max_position_embeddings = longest
+    logger.info("--rope_scaling %s: factor %.3g, %d -> %d positions", kind, factor, trained, longest)
+
+
+def load_tokenizer(source: Source, model_args):
+    """Load the tokenizer and give it a padding token that is not its end-of-text token.
+
+    Raises:
+        ValueError: it cannot be loaded, or it has no fast implementation.
+    """
+    name = model_args.tokenizer_name_or_path or source.tokenizer or source.base
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, cache_dir=model_args.cache_dir, trust_remote_code=model_args.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        if not os.path.isdir(name):
+            raise explain_hub_error(name, error) from error
+        raise ValueError(f"{name}: no tokenizer that transformers can load ({_first_line(error)})") from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{name}: only fast tokenizers are supported (a tokenizer.json); {type(tokenizer).__name__} is not"
+        )
+    if tokenizer.eos_token is None:
+        raise ValueError(f"{name}: the tokenizer has no end-of-text token; set eos_token in its tokenizer_config.json")
+    choose_pad_token(tokenizer)
+    return tokenizer
+
+
+def choose_pad_token(tokenizer) -> None:
+    """Set a padding token other than EOS, for where padding is masked by id, EOS would never be learnt.
+
+    The labels of this project never depend on it (padding is masked by position), but other programs' do. The
+    vocabulary does not grow: a token is chosen that text cannot produce.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return
+    taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    unused = [token for token in special if token not in taken]
+    preferred = [token for token in unused if any(word in token.lower() for word in ("pad", "reserved", "unused"))]
+    choice = (preferred or [tokenizer.unk_token] or [None])[0] or (unused[-1] if unused else None)
+    if choice is None:
+        logger.warning(
+            "the tokenizer has no token to pad with but %r; padding is masked by position", tokenizer.eos_token
+        )
+        choice = tokenizer.eos_token
+    tokenizer.pad_token = choice
+    logger.info("padding token: %r", choice)
+
+
+def model_class(config, trust_remote_code: bool = False):
+    """The class AutoModelForCausalLM would build for a configuration, or None for remote code."""
+    return AutoModelForCausalLM._model_mapping.get(type(config), None)
+
+
+def takes_position_ids(config) -> bool:
+    """Whether samples packed into one row can be kept apart: by positions that restart, which Bloom and MPT lack."""
+    cls = model_class(config)
+    return cls is not None and "position_ids" in inspect.signature(cls.forward).parameters
+
+
+def packs_exactly(config, packing: bool | None) -> bool:
+    """Decide on packing: what --packing says, else yes where the model can keep packed samples apart.
+
+    Raises:
+        ValueError: --packing True for a model that cannot.
+    """
+    possible = takes_position_ids(config)
+    if packing and not possible:
+        raise ValueError(
+            f"--packing True: {config.model_type} has no position_ids, so packed samples would see each other; leave it out"
+        )
+    if packing is None and not possible:
+        logger.info(
+            "%s cannot keep packed samples apart: rows are padded instead, the loss is the same", config.model_type
+        )
+    return possible if packing is None else packing
+
+
+def load_model(source: Source, model_args, training_args, config):
+    """Load the base weights on this process's own device.
+
+    Raises:
+        ValueError: missing packages, or weights that do not belong to the configuration.
+    """
+    quantization = quantization_config(model_args)
+    dtype = model_args.dtype
+    if dtype == "auto" and training_args.bf16:
+        dtype = "bfloat16"
+    elif dtype == "auto" and training_args.fp16:
+        dtype = "float32"  # fp16 weights under fp16 autocast lose small gradients; the scaler needs fp32 masters
+    device_map = None
+    if quantization is not None:
+        device_map = {"": "cpu" if training_args.use_cpu else int(os.environ.get("LOCAL_RANK", 0))}
+    attention = None
+    if model_args.flash_attn:
+        if training_args.use_cpu:
+            raise ValueError(
+                "--flash_attn True needs a GPU, and none was found; leave it out (sdpa is exact and fast)"
+            )
+        try:
+            import flash_attn  # noqa: F401
+        except ImportError:
+            raise ValueError("--flash_attn True needs the package flash-attn: pip install flash-attn") from None
+        attention = "flash_attention_2"
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.base,
+            config=config,
+            revision=None if os.path.isdir(source.base) else model_args.model_revision,
+            cache_dir=model_args.cache_dir,
+            trust_remote_code=model_args.trust_remote_code,
+            dtype=dtype,
+            attn_implementation=attention,
+            quantization_config=quantization,
+            device_map=device_map,
+        )
+    except OSError as error:
+        if not os.path.isdir(source.base):
+            raise explain_hub_error(source.base, error) from error
+        raise ValueError(f"{source.base}: {_first_line(error)}") from error
+
+
+def quantization_config(model_args):
+    """The bitsandbytes configuration the flags ask for, or None. NF4 with double quantisation: arXiv:2305.14314."""
+    if model_args.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if model_args.load_in_8bit else None
+
+
+def add_adapter(model, source: Source, lora_args, training_args):
+    """Continue the parent's adapter, start a new one, or prepare all weights for training.
+
+    Returns:
+        (model, tuning): tuning is what stage.json stores about the method.
+
+    Raises:
+        ValueError: all weights of an adapter chain or a quantised base were asked for; unknown module names.
+    """
+    quantised = bool(getattr(model, "is_quantized", False))
+    if not lora_args.use_peft:
+        if quantised:
+            raise ValueError("--use_peft False trains all weights, which 4-bit and 8-bit bases do not allow")
+        if source.adapter:
+            raise ValueError(
+                f"{source.adapter} is an adapter; --use_peft False would leave it out. Merge it into its base first, or "
+                "train the adapter on"
+            )
+        # The optimiser needs fp32 weights to add small updates to; autocast computes in --bf16/--fp16 all the same.
+        model = model.float() if not training_args.deepspeed else model
+        return model, {"method": "full"}
+    if quantised:
+        model = prepare_model_for_kbit_training(
+            model, use_gradient_checkpointing=bool(training_args.activation_checkpointing)
+        )
+    if source.adapter:
+        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
+        lora = model.peft_config["default"]
+        return model, _tuning(lora, model_quantised=quantised, continued=True)
+    try:
+        model = get_peft_model(model, lora_config(model, lora_args))
+    except ValueError as error:
+        raise ValueError(f"--target_modules {lora_args.target_modules}: {_first_line(error)}") from error
+    return model, _tuning(model.peft_config["default"], model_quantised=quantised, continued=False)
+
+
+def lora_config(model, lora_args) -> LoraConfig:
+    """The LoraConfig the flags describe; an embedding matrix shared with the head stays shared."""
+    targets = lora_args.target_modules
+    whole = [name.strip() for name in (lora_args.modules_to_save or "").split(",") if name.strip()]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    if tied and whole:
+        head = [name for name in whole if name in ("lm_head", "embed_out")]
+        whole = [name for name in whole if name not in head] or whole
+        if head and whole != head:
+            logger.info("the head shares the embedding matrix: %s is trained through %s", head[0], whole[0])
+    initial = True if lora_args.init_lora_weights == "True" else lora_args.init_lora_weights
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora_args.lora_rank,
+        lora_alpha=lora_args.lora_alpha,
+        lora_dropout=lora_args.lora_dropout,
+        target_modules="all-linear" if targets == "all" else [name.strip() for name in targets.split(",")],
+        modules_to_save=whole or None,
+        ensure_weight_tying=bool(tied and whole),
+        use_dora=lora_args.use_dora,
+        use_rslora=lora_args.use_rslora,
+        init_lora_weights=initial,
+    )
+
+
+def _tuning(lora, model_quantised, continued):
+    return {
+        "method": "qlora" if model_quantised else "lora",
+        "rank": lora.r,
+        "alpha": lora.lora_alpha,
+        "dropout": lora.lora_dropout,
+        "target_modules": sorted(lora.target_modules)
+        if not isinstance(lora.target_modules, str)
+        else lora.target_modules,
+        "modules_to_save": list(lora.modules_to_save or []),
+        "use_dora": lora.use_dora,
+        "use_rslora": lora.use_rslora,
+        "continued": continued,
+    }
+
+
+def prepare_for_training(model, training_args) -> None:
+    """Settings every causal model needs before it is trained, and a guard against training nothing.
+
+    Raises:
+        ValueError: no parameter takes gradients.
+    """
+    model.config.use_cache = False
+    if training_args.activation_checkpointing:
+        model.enable_input_require_grads()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("no parameter of this model takes gradients, so nothing would be trained (a frozen adapter?)")
+
+
+def generation_settings(model, chat_stop_ids: list[int], tokenizer) -> GenerationConfig:
+    """The generation config a checkpoint carries: greedy-compatible defaults, every stop token, the padding token."""
+    return GenerationConfig(
+        eos_token_id=chat_stop_ids,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        do_sample=False,
+        max_new_tokens=512,
+    )
+
+
+def _first_line(error):
+    return str(error).strip().split("\n")[0][:300]

@@ -1,0 +1,158 @@
+"""Tiny models and tokenizers, built in-process: no test reaches the network or a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+CORPUS = [
+    "What is a fever? A fever is a raised body temperature. Drink water and rest.",
+    "发烧是体温升高，要多喝水、多休息，持续高热要及时就医。",
+    "感冒了怎么办？多休息，多喝温水。",
+    "user assistant system tool_call name arguments",
+] * 4
+
+
+def build_tokenizer(vocab_size=400, chat=True):
+    """A byte-level BPE tokenizer with ChatML control tokens; pad differs from eos."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from template import get_template
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(CORPUS, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=SPECIAL[0], pad_token=SPECIAL[3])
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[1:3]})
+    if chat:
+        tokenizer.chat_template = get_template("chatml").chat_template()
+    return tokenizer
+
+
+def build_model(directory, architecture="qwen3", seed=0, scale=4.0, chat=True):
+    """Write a two-layer model; weights are scaled up so that attention matters and leaks would show."""
+    import torch
+    from transformers import (
+        BloomConfig,
+        BloomForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    tokenizer = build_tokenizer(chat=chat)
+    torch.manual_seed(seed)
+    ids = {"vocab_size": 448, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    common = {
+        **ids,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 2048,
+        "bos_token_id": None,
+    }
+    if architecture == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=16, tie_word_embeddings=True))
+    elif architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
+    else:
+        model = BloomForCausalLM(BloomConfig(**ids, hidden_size=32, n_layer=2, n_head=2, bos_token_id=None))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "embed" not in name:
+                parameter.mul_(scale)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return Path(directory)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("models") / "qwen3")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("models") / "llama", "llama", chat=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_bloom(tmp_path_factory):
+    return build_model(tmp_path_factory.mktemp("models") / "bloom", "bloom", chat=False)
+
+
+def write_jsonl(path, rows):
+    """Write rows as JSON lines and return the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def conversations(count, turns=1, prefix="q"):
+    """Conversations that all differ."""
+    return [
+        {
+            "conversations": [
+                message
+                for turn in range(turns)
+                for message in (
+                    {"from": "human", "value": f"{prefix} {number}.{turn}: what is a fever? 发烧怎么办"},
+                    {"from": "gpt", "value": f"Answer {number * 7 % 10}: rest and drink water. 多休息。"},
+                )
+            ]
+        }
+        for number in range(count)
+    ]
+
+
+def run_script(script, *flags, cwd=None, processes=1, env=None, check=True, timeout=600):
+    """Run a script of the project as a user would; with more processes through torchrun. Returns CompletedProcess."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [str(ROOT / script), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **(env or {})}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    if check and result.returncode != 0:
+        raise AssertionError(
+            f"{command} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+        )
+    return result
+
+
+def log_of(output_dir, key="loss"):
+    """The logged series of a finished run."""
+    state = json.loads(Path(output_dir, "trainer_state.json").read_text())
+    return [entry[key] for entry in state["log_history"] if key in entry]
+
+
+def stage_of(output_dir):
+    """The stage.json of a finished run."""
+    return json.loads(Path(output_dir, "stage.json").read_text(encoding="utf-8"))

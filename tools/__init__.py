@@ -1,0 +1,1 @@
+"""Programs around the stages; run them from the root: python -m tools.NAME --help"""
