@@ -1,4 +1,4 @@
-"""Stage 1: continued pretraining on running text; the loss is on every token.
+r"""Stage 1: continued pretraining on running text; the loss is on every token.
 
 Reads   --model_name_or_path   a base model, or the directory of an earlier pretraining run
         --train_file_dir       .txt, .jsonl, .json (also .gz) with {"text": ...}; a file, a folder, or several with commas
@@ -44,7 +44,7 @@ class PretrainingArguments:
     packing: bool | None = field(
         default=None,
         metadata={
-            "help": "Put several documents into a row, without attention between them. Default: yes where the model can "
+            "help": "Put several samples into a row, without attention between them. Default: yes where the model can "
             "keep them apart (all with position_ids). False trains the same tokens with padding."
         },
     )

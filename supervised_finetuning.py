@@ -1,4 +1,4 @@
-"""Stage 2: supervised fine-tuning on conversations; the loss is on the answers and the token that ends them.
+r"""Stage 2: supervised fine-tuning on conversations; the loss is on the answers and the token that ends them.
 
 Reads   --model_name_or_path   a base model, or the directory of the pretraining stage
         --train_file_dir       conversations (ShareGPT, OpenAI, Alpaca, question/answer, with tools): README lists the forms

@@ -57,17 +57,16 @@ list_gpus() {
     nvidia-smi --query-gpu=compute_cap,uuid --format=csv,noheader 2>/dev/null |
         awk -F ', *' -v visible="${CUDA_VISIBLE_DEVICES-all}" '
             BEGIN { count = 0 }
-            /^[0-9]+\.[0-9]+/ { capability[count] = $1; uuid[count++] = $2 }
+            /^[0-9]+\.[0-9]+/ { capability[count] = $1; uuid[count++] = $2; all = all count - 1 "," }
             END {
-                if (visible == "all")
-                    for (visible = "", gpu = 0; gpu < count; gpu++) visible = visible gpu ","
-                wanted = split(visible, names, ",")
+                wanted = split(visible == "all" ? all : visible, names, ",")
                 for (n = 1; n <= wanted; n++) {
                     found = -1
                     if (names[n] ~ /^[0-9]+$/ && names[n] + 0 < count) found = names[n] + 0
-                    if (names[n] ~ /^GPU-/)
-                        for (gpu = 0; gpu < count; gpu++) if (index(uuid[gpu], names[n]) == 1) found = gpu
                     if (names[n] ~ /^MIG-/ && count > 0) found = 0
+                    if (names[n] ~ /^GPU-/)
+                        for (gpu = 0; gpu < count; gpu++)
+                            if (index(uuid[gpu], names[n]) == 1) found = gpu
                     if (found < 0) exit    # CUDA, too, sees nothing from the first name on that is no GPU
                     print capability[found]
                 }
@@ -148,19 +147,19 @@ release_lock() {
 
 # -- Python environment --
 
-# examine INTERPRETER: print its full path if it has what requirements.txt asks for, else what it lacks (status 1).
+# examine INTERPRETER: print its full path if it meets requirements.txt, else why it does not (status 1).
 examine() {
     "$1" -c '
 import os, sys
 
-def lacks(what):
-    print("lacks " + what)
+def refuse(reason):
+    print(reason)
     sys.exit(1)
 
 if sys.version_info < (3, 10):
-    lacks("Python 3.10 or newer, it is " + sys.version.split()[0])
+    refuse("is Python " + sys.version.split()[0])
 if os.path.realpath(sys.prefix) == os.path.realpath(".venv") and not os.path.exists(sys.argv[1]):
-    lacks("the end of an installation that was begun, or requirements.txt has changed since")
+    refuse("is unfinished or older than requirements.txt")
 from importlib.metadata import PackageNotFoundError, version
 try:
     from packaging.requirements import Requirement
@@ -168,7 +167,7 @@ except ImportError:
     try:
         from pip._vendor.packaging.requirements import Requirement
     except ImportError:
-        lacks("the package packaging")
+        refuse("lacks the package packaging")
 for line in open("requirements.txt", encoding="utf-8"):
     line = line.split("#")[0].strip()
     if not line or line.startswith("-"):
@@ -179,9 +178,9 @@ for line in open("requirements.txt", encoding="utf-8"):
     try:
         found = version(wanted.name)
     except PackageNotFoundError:
-        lacks(line)
+        refuse("lacks " + line)
     if not wanted.specifier.contains(found, prereleases=True):
-        lacks(line + " (it has " + found + ")")
+        refuse("has " + wanted.name + " " + found + " instead of " + line)
 print(sys.executable)
 ' "$marker" 2>/dev/null
 }
@@ -193,10 +192,10 @@ find_python() {
     if PYTHON=$(examine "$active"); then
         return
     fi
-    lacking=$PYTHON
+    problem=$PYTHON
     PYTHON=$(examine "$PWD/.venv/bin/python") || return 1
     if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-        say "environment: .venv; the active one ${lacking:-does not start}"
+        say "environment: .venv; the active one ${problem:-does not start}"
     fi
 }
 
@@ -205,7 +204,7 @@ find_base_python() {
     why=
     for candidate in python3 python python3.13 python3.12 python3.11 python3.10 python3.14; do
         command -v "$candidate" >/dev/null || continue
-        problem=$("$candidate" -c '
+        fault=$("$candidate" -c '
 import sys
 
 name = "Python " + sys.version.split()[0]
@@ -217,11 +216,11 @@ else:
     except ImportError:
         print(name + " has no module venv (Debian, Ubuntu: apt install python3-venv)")
 ' 2>/dev/null) || continue
-        if [ -z "$problem" ]; then
+        if [ -z "$fault" ]; then
             echo "$candidate"
             return
         fi
-        why=${why:-": $problem"}
+        why=${why:-": $fault"}
     done
     stop "found no Python 3.10 or newer that can make an environment$why; install one"
 }
@@ -236,7 +235,7 @@ make_environment() {
     if [ -d .venv ]; then
         say "environment: .venv ${PYTHON:-has no Python that starts}; repairing it, pip fetches what is missing"
     else
-        say "environment: $active ${lacking:-does not start}; installing requirements.txt into .venv, once:" \
+        say "environment: $active ${problem:-does not start}; installing requirements.txt into .venv, once:" \
             "some minutes, 2 GB (on Linux several GB more if pip takes the torch build with CUDA)"
     fi
     PYTHON=$PWD/.venv/bin/python

@@ -4,7 +4,9 @@ A stage adds its own dataclass for what only it needs. A name that TrainingArgum
 is never declared again: the parser refuses duplicates.
 """
 
+import argparse
 import difflib
+import json
 import os
 import sys
 from dataclasses import dataclass, field
@@ -223,9 +225,9 @@ class StageTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training (transformers.TrainingArguments)"
 
-    report_to: None | str | list[str] = field(
-        default="tensorboard",
-        metadata={"help": "tensorboard, wandb, swanlab, none, ...; logs go to <output_dir>/runs."},
+    report_to: list[str] = field(
+        default_factory=lambda: ["tensorboard"],
+        metadata={"help": "One or more of tensorboard, wandb, swanlab, ..., or none; logs go to <output_dir>/runs."},
     )
     # The filter replaces a NaN loss by the running mean, which hides exactly what the "finite" check looks for.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Keep off: it hides NaN losses."})
@@ -301,10 +303,10 @@ def translate_old_flags(argv: list[str], known: set[str]) -> tuple[list[str], li
         if name in OLD_FLAGS and name not in known:
             today, note = OLD_FLAGS[name]
             notes.append(f"--{name} {note}")
-            if today is not None:
-                tokens += [f"--{today}", *values]
-            continue
-        tokens += [flag, *values]
+            if today is None:
+                continue
+            flag = f"--{today}"
+        tokens += [f"{flag}={value}"] if equals else [flag, *values]
     if lengths:
         try:
             total = sum(int(value) for value in lengths.values())
@@ -317,6 +319,31 @@ def translate_old_flags(argv: list[str], known: set[str]) -> tuple[list[str], li
     return tokens, notes
 
 
+def flags_of_file(path: Path) -> list[str]:
+    """Read a .json file of arguments as the command line that says the same; null leaves the default.
+
+    Raises:
+        ValueError: not JSON, or not one object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected one object with the names of flags, got {type(values).__name__}")
+    argv = []
+    for name, value in values.items():
+        if isinstance(value, list) and value:
+            argv += [f"--{name}", *map(str, value)]
+        elif value not in (None, []):
+            argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return argv
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the script's docstring as it is written."""
+
+
 class StageParser(HfArgumentParser):
     """HfArgumentParser whose errors are one line instead of the usage of 200 flags."""
 
@@ -327,10 +354,10 @@ class StageParser(HfArgumentParser):
 
 def unknown_flag_message(unknown: list[str], known: set[str]) -> str:
     """Name the first unknown flag and the nearest known one."""
-    flag = next((token for token in unknown if token.startswith("--")), None)
+    flag = next((token.partition("=")[0] for token in unknown if token.startswith("--")), None)
     if flag is None:
         return f"unexpected argument {unknown[0]!r}; flags start with --"
-    nearest = difflib.get_close_matches(flag.removeprefix("--").partition("=")[0], sorted(known), n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(flag.removeprefix("--"), sorted(known), n=1, cutoff=0.5)
     return f"unknown flag {flag}" + (f"; did you mean --{nearest[0]}?" if nearest else "")
 
 
@@ -347,12 +374,12 @@ def parse_args(*dataclass_types: type, description: str | None = None, args: lis
     parser = StageParser(
         dataclass_types,
         description=description,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
         usage=f"{Path(sys.argv[0]).name} --flag VALUE ... (or one FILE.json with the same names)",
     )
     if len(argv) == 1 and argv[0].endswith(".json"):
-        prepare_devices(argv, None)
-        return parser.parse_json_file(argv[0])
+        argv = flags_of_file(Path(argv[0]))
     known = {option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")}
     argv, notes = translate_old_flags(argv, known)
     if os.environ.get("RANK", "0") == "0":
@@ -381,7 +408,8 @@ def prepare_devices(argv: list[str], namespace) -> list[str]:
         return []
     if getattr(namespace, "fp16", False):
         raise ValueError("--fp16 True needs a GPU and none was found; leave it out (fp32), or use --bf16 True")
-    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # it would switch DeepSpeed off in silence; the flag does not
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if getattr(namespace, "deepspeed", None):
         import deepspeed
 

@@ -155,14 +155,22 @@ def resolve(model_name_or_path: str, peft_path: str | None = None, verify: bool 
         below = resolve(model_name_or_path, verify=verify)
         if below.adapter is not None:
             raise ValueError(
-                f"--model_name_or_path {model_name_or_path} is itself an adapter on {below.base}; give the base model "
-                "beside --peft_path, or leave --peft_path out"
+                f"{model_name_or_path} is itself an adapter on {below.base}; give that base beside {peft_path}, or "
+                "one of the two adapters alone"
             )
         recorded = adapter.stage["base_model"] if adapter.stage else None
         if recorded and recorded.get("fingerprint", "").startswith("sha256:"):
             same = recorded["fingerprint"] == base_fingerprint(below.base)
         else:
             same = os.path.realpath(adapter.base) == os.path.realpath(below.base) or adapter.base == below.base
+            if not same and os.path.isdir(below.base) and not os.path.isdir(adapter.base):
+                logger.warning(
+                    "adapter %s was trained on %s, which is not here; that %s is the same cannot be checked",
+                    peft_path,
+                    adapter.base,
+                    below.base,
+                )
+                same = True
         if not same:
             raise ValueError(f"adapter {peft_path} was trained on {adapter.base}, not on {model_name_or_path}")
         return Source(below.base, adapter.adapter, adapter.tokenizer, adapter.stage, adapter.directory)
@@ -198,6 +206,9 @@ def resolve_adapter(directory: str, verify: bool = True) -> Source:
         base = json.loads((path / ADAPTER[0]).read_text(encoding="utf-8")).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"{path / ADAPTER[0]}: does not say on which base model it was trained")
+        if not os.path.isabs(base):  # as it was given where that run was started
+            places = (parent / base for parent in [Path(), *path.resolve().parents])
+            base = str(next((place for place in places if place.is_dir()), base))
     else:
         if verify:
             verify_stage(path, stage)
@@ -333,8 +344,8 @@ def prepare_output_dir(output_dir: str | Path, overwrite: bool, resume: bool) ->
     if (path / SAVING).is_dir():
         logger.warning("%s is removed: a checkpoint that was being written when an earlier run stopped", path / SAVING)
         shutil.rmtree(path / SAVING)
-    path.mkdir(parents=True, exist_ok=True)
     try:
+        path.mkdir(parents=True, exist_ok=True)
         (path / ".writable").touch()
         (path / ".writable").unlink()
     except OSError as error:

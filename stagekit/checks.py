@@ -206,36 +206,41 @@ def no_forged_turns(chat: Chat) -> tuple[str, str]:
 
 
 @torch.no_grad()
-def packing_is_exact(model, batch: dict, max_tokens: int = 256) -> tuple[str, str]:
-    """Compare the logits of packed samples with those of the same samples alone, on the first row of a batch.
+def packing_is_exact(model, collator, samples: list[list[int]]) -> tuple[str, str]:
+    """Compare the logits of samples packed into one row by the collator with those of the same samples alone.
 
-    Two forward passes on every process, whatever the row holds: under ZeRO-3 a forward pass is a collective call.
+    Two forward passes on every process, on the same samples: under ZeRO-3 a forward pass is a collective call.
+
+    Args:
+        model: as the trainer wrapped it.
+        collator: the trainer's, which must restart the positions at every sample.
+        samples: token ids of two or more samples.
     """
-    positions = batch["position_ids"][0]
-    starts = (positions == 0).nonzero().flatten().tolist()
-    stop = min(len(positions), max_tokens)
-    ends = [min(end, stop) for end in [*starts[1:], len(positions)]]
-    segments = [(start, end) for start, end in zip(starts, ends, strict=True) if start < stop]
-    ids = batch["input_ids"][0]
-    width = max(end - start for start, end in segments)
-    alone_ids, alone_positions = ids.new_zeros(len(segments), width), positions.new_zeros(len(segments), width)
-    for row, (start, end) in enumerate(segments):
-        alone_ids[row, : end - start] = ids[start:end]
-        alone_positions[row] = torch.arange(width)
+    lengths, ids = [len(sample) for sample in samples], [token for sample in samples for token in sample]
+    device = next(model.parameters()).device
+    packed = {
+        key: value.to(device)
+        for key, value in collator([{"input_ids": ids, "labels": ids, "lengths": lengths}]).items()
+    }
+    packed.pop("labels")
+    width = max(lengths)
+    alone = torch.tensor([sample + sample[-1:] * (width - len(sample)) for sample in samples], device=device)
+    positions = torch.arange(width, device=device).expand(len(samples), width)
     was_training = model.training
     model.eval()
-    packed = model(input_ids=ids[None, :stop], position_ids=positions[None, :stop], use_cache=False).logits[0].float()
-    alone = model(input_ids=alone_ids, position_ids=alone_positions, use_cache=False).logits.float()
+    together = model(**packed, use_cache=False).logits[0, : len(ids)].float()
+    apart = model(input_ids=alone, position_ids=positions, use_cache=False).logits.float()
     model.train(was_training)
-    together = torch.cat([alone[row, : end - start] for row, (start, end) in enumerate(segments)])
-    difference = ((packed - together).abs().max() / together.abs().max()).item()
-    limit = 1e-4 if next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled() else 5e-2
+    apart = torch.cat([apart[row, :length] for row, length in enumerate(lengths)])
+    difference = ((together - apart).abs().max() / apart.abs().max()).item()
+    exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
+    limit = 1e-4 if exact else 5e-2
     if not difference <= limit:
         raise CheckError(
             f"packed samples see each other: logits differ by {difference:.2g} of their size; use --packing False with this "
             "model or attention implementation"
         )
-    return f"{len(segments)} samples in a row, logits differ by {difference:.1g} of their size", f"{limit:g}"
+    return f"{len(samples)} samples in a row, logits differ by {difference:.1g} of their size", f"{limit:g}"
 
 
 def processes_share_gradients(trainer) -> tuple[str, str]:
@@ -246,6 +251,11 @@ def processes_share_gradients(trainer) -> tuple[str, str]:
         raise CheckError(
             f"{started} processes were started, but the trainer sees {believed} "
             f"({trainer.accelerator.distributed_type.name}): gradients would not be shared; on CPU add --use_cpu True"
+        )
+    if trainer.args.deepspeed and trainer.accelerator.distributed_type.name != "DEEPSPEED":
+        raise CheckError(
+            f"--deepspeed was given, but the trainer runs as {trainer.accelerator.distributed_type.name}; unset "
+            "ACCELERATE_USE_CPU and other ACCELERATE_… variables"
         )
     return f"{believed} process(es), {trainer.accelerator.distributed_type.name}", f"{started}"
 
@@ -292,7 +302,7 @@ def saved_is_loaded(directory: str, reference: dict[str, torch.Tensor], compare_
         directory: where the weights were written (one or several safetensors files).
         reference: tensors in memory under the names the files use.
         compare_logits: function that loads the saved adapter into the model and returns the largest difference of
-            logits, where that can be done.
+            logits and its limit, where that can be done.
     """
     from safetensors import safe_open
 
@@ -309,18 +319,17 @@ def saved_is_loaded(directory: str, reference: dict[str, torch.Tensor], compare_
     missing = sorted(set(reference) - set(loaded))
     if missing:
         raise CheckError(f"{missing[0]} was trained but not saved ({len(missing)} such tensors)")
-    worst = 0.0
     for name, tensor in reference.items():
         there = loaded[name]
         if there.shape != tensor.shape:
             raise CheckError(f"{name} was saved with shape {tuple(there.shape)} instead of {tuple(tensor.shape)}")
-        worst = max(worst, (there.float() - tensor.detach().cpu().to(there.dtype).float()).abs().max().item())
-    if not worst == 0:
-        raise CheckError(f"what was saved differs from what was trained by up to {worst:.3g}")
+        difference = (there.float() - tensor.detach().cpu().to(there.dtype).float()).abs().max().item()
+        if not difference == 0:  # NaN, which max() would pass over, is not equal to 0 either
+            raise CheckError(f"what was saved differs from what was trained: {name} by up to {difference:.3g}")
     value = f"{len(reference)} tensors read back, equal"
     if compare_logits is not None:
-        difference = compare_logits()
-        if not difference <= 1e-5:
+        difference, limit = compare_logits()
+        if not difference <= limit:
             raise CheckError(f"the reloaded adapter gives other logits (by up to {difference:.3g})")
         value += f"; logits differ by {difference:.1g}"
     return value, "exact"

@@ -1,5 +1,6 @@
 """From files on disk to training and held-out rows, with an account of every row: the ledger."""
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -9,6 +10,7 @@ import random
 import shutil
 import time
 import unicodedata
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -100,7 +102,7 @@ def find_files(paths: str) -> list[Path]:
             continue
         if not path.is_dir():
             raise FileNotFoundError(f"{name}: no such file or directory (looked from {Path.cwd()})")
-        found = sorted(file for file in path.rglob("*") if file.is_file() and has_data_suffix(file))
+        found = sorted(file for file in path.rglob("*") if has_data_suffix(file.relative_to(path)) and file.is_file())
         if not found:
             raise FileNotFoundError(
                 f"{name}: no data in this directory; expected files ending in {', '.join(SUFFIXES)}"
@@ -110,9 +112,9 @@ def find_files(paths: str) -> list[Path]:
 
 
 def has_data_suffix(path: Path) -> bool:
-    """True for data files, gzipped or not, that are not hidden."""
+    """True for data files, gzipped or not, that are not hidden and stand in no hidden directory."""
     name = path.name.removesuffix(".gz")
-    return name.endswith(SUFFIXES) and not path.name.startswith(".")
+    return name.endswith(SUFFIXES) and not any(part.startswith(".") for part in path.parts)
 
 
 def read_text(path: Path) -> str:
@@ -125,14 +127,13 @@ def read_text(path: Path) -> str:
     if raw[:2] == b"\x1f\x8b":
         try:
             raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip file ({error}); download it again") from None
-    if not raw.strip():
-        raise ValueError(f"{path}: the file is empty; remove it or fill it")
     if raw.startswith(b"version https://git-lfs.github.com/spec/"):
         raise ValueError(f"{path}: this is a Git-LFS pointer, not the data; run `git lfs pull` where it came from")
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
-        return raw.decode("utf-8-sig")
+        text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         hint = ""
@@ -142,6 +143,9 @@ def read_text(path: Path) -> str:
         except UnicodeDecodeError:
             pass
         raise ValueError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}){hint}") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; remove it or fill it")
+    return text
 
 
 def read_records(path: Path, txt_documents: str = "blank_line") -> Iterator[tuple[object, int]]:
@@ -156,24 +160,31 @@ def read_records(path: Path, txt_documents: str = "blank_line") -> Iterator[tupl
         yield from _array_items(text)
     else:
         lines = text.split("\n")  # not splitlines(): JSON strings may hold U+2028 raw
-        first = next(index for index, line in enumerate(lines) if line.strip())
-        try:
-            json.loads(lines[first])
-        except json.JSONDecodeError:
-            try:
-                whole = json.loads(text)
-            except json.JSONDecodeError:
-                whole = None
-            if isinstance(whole, dict):
-                records = list(whole.values()) if all(isinstance(v, dict) for v in whole.values()) else [whole]
-                yield from ((record, 1) for record in records)
-                return
+        whole = _whole_object(text, lines)
+        if whole is not None:
+            by_id = whole and all(isinstance(value, dict) for value in whole.values())
+            first = next(number for number, line in enumerate(lines, 1) if line.strip())
+            yield from ((record, first) for record in (whole.values() if by_id else [whole]))
+            return
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     yield json.loads(line), number
                 except json.JSONDecodeError as error:
                     yield RowError(f"broken JSON at column {error.colno} ({error.msg})"), number
+
+
+def _whole_object(text, lines):
+    """The object that the file is as a whole, on one line or indented; None for a file of lines."""
+    filled = [line for line in lines if line.strip()]
+    try:
+        whole = json.loads(filled[0])
+        return whole if len(filled) == 1 and isinstance(whole, dict) else None
+    except json.JSONDecodeError:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return None
 
 
 def _documents(text, separator):
@@ -202,7 +213,13 @@ def _array_items(text):
         while stop < len(text) and text[stop] in " \t\r\n,":
             stop += 1
         line += text.count("\n", position, stop)
-        if stop >= len(text) or text[stop] == "]":
+        if stop >= len(text):
+            yield RowError("the array does not end; the file is cut off"), line
+            return
+        if text[stop] == "]":
+            if text[stop + 1 :].strip():
+                line += text.count("\n", stop, len(text) - len(text[stop + 1 :].lstrip()))
+                yield RowError("something follows the end of the array, and would be lost"), line
             return
         try:
             record, position = decoder.raw_decode(text, stop)
@@ -253,7 +270,8 @@ def load_rows(files: list[Path], accept, data_args) -> tuple[list[Row], Ledger, 
     if rejected and data_args.on_bad_row == "stop":
         named = [f"{item['origin']}: {item['reason']}" for item in rejected[:10]]
         rest = f"\n… and {len(rejected) - 10:,} more" if len(rejected) > 10 else ""
-        raise ValueError("\n".join(named) + rest + "\n(mend the data, or go on without such rows: --on_bad_row skip)")
+        remedy = "(mend the data, or go on without such rows: --on_bad_row skip)"
+        raise ValueError("\n".join(named) + rest + ("\n" if len(named) > 1 else " ") + remedy)
     if not rows:
         raise ValueError(f"{ledger.files[0]}: none of the {ledger.read} rows could be read")
     return rows, ledger, rejected
@@ -410,7 +428,7 @@ def cached(key: str, directory: str | None, build):
         datasets.disable_progress_bars()
         for name, columns in splits.items():
             datasets.Dataset.from_dict(columns).save_to_disk(str(temporary / name))
-        (temporary / "meta.json").write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         try:
             temporary.rename(path)
         except OSError:  # another run was faster

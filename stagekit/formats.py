@@ -103,13 +103,25 @@ def to_canonical(record: object, data_format: str = "auto") -> tuple[Canonical, 
         record = {"text": record}
     if not isinstance(record, dict):
         raise RowError(f"expected an object with named fields, got {type(record).__name__}")
-    if data_format != "auto":
-        return adapter_named(data_format).read(record, repairs), repairs
-    for adapter in ADAPTERS:
-        if adapter.matches(record):
-            return adapter.read(record, repairs), repairs
-    known = "; ".join(adapter.expects for adapter in ADAPTERS)
-    raise RowError(f"no known format has the fields {sorted(map(str, record))}; expected one of: {known}")
+    if data_format == "auto":
+        adapter = next((adapter for adapter in ADAPTERS if adapter.matches(record)), None)
+    else:
+        adapter = adapter_named(data_format)
+    if adapter is None:
+        known = "; ".join(adapter.expects for adapter in ADAPTERS)
+        raise RowError(f"no known format has the fields {sorted(map(str, record))}; expected one of: {known}")
+    canonical = adapter.read(record, repairs)
+    _check_characters(canonical)
+    return canonical, repairs
+
+
+def _check_characters(canonical):
+    # JSON may hold half of a surrogate pair ("\ud83d", an emoji cut in two), which no tokenizer takes.
+    try:
+        json.dumps(vars(canonical), ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise RowError(f"it holds half a character (\\u{half:04x}), as when text is cut inside an emoji") from None
 
 
 def adapter_named(name: str) -> Adapter:
@@ -124,6 +136,8 @@ def adapter_named(name: str) -> Adapter:
 
 
 def is_text(record):
+    if "completion" in record and any(key in record for key in PROMPT_KEYS):
+        return False  # an answer without its question is no running text
     return (
         any(isinstance(record.get(key), str) for key in ("text", "completion", "content"))
         or len([value for value in record.values() if isinstance(value, str)]) == len(record) == 1
@@ -161,8 +175,8 @@ def read_messages(turns: object, repairs: Repairs) -> list[dict]:
             raise RowError(f"message {number} must be an object such as {{'from': 'human', 'value': '…'}}")
         if "human" in turn and "assistant" in turn:
             messages += [
-                {"role": "user", "content": turn["human"]},
-                {"role": "assistant", "content": turn["assistant"]},
+                {"role": "user", "content": _content(turn["human"], number)},
+                {"role": "assistant", "content": _content(turn["assistant"], number)},
             ]
             continue
         name = turn.get("from", turn.get("role"))
@@ -182,7 +196,10 @@ def read_messages(turns: object, repairs: Repairs) -> list[dict]:
 
 def _content(value, number, allow_none=False):
     if isinstance(value, list):  # OpenAI parts: [{"type": "text", "text": …}], LLaMA-Factory: {"type", "value"}
-        value = "".join(str(part.get("text", part.get("value", ""))) for part in value if isinstance(part, dict))
+        texts = [part.get("text", part.get("value")) if isinstance(part, dict) else None for part in value]
+        if not all(isinstance(text, str) for text in texts):
+            raise RowError(f"message {number} has a part that is not text; only text can be trained on")
+        value = "".join(texts)
     if value is None and allow_none:
         return ""
     if not isinstance(value, str):
@@ -311,10 +328,12 @@ def _prompt_of(record, key):
     if key == "instruction" and isinstance(extra, str) and extra.strip():
         question = f"{question}\n{extra}"
     messages = []
-    for pair in record.get("history") or []:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+    history = record.get("history") or []
+    for pair in history if isinstance(history, (list, tuple)) else [None]:
+        texts = pair if isinstance(pair, (list, tuple)) else ()
+        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
             raise RowError("field 'history' must be a list of [question, answer] pairs")
-        messages += [{"role": "user", "content": str(pair[0])}, {"role": "assistant", "content": str(pair[1])}]
+        messages += [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
     return _with_system(record, [*messages, {"role": "user", "content": question}])
 
 
@@ -336,7 +355,7 @@ def is_conversation_preference(record):
     if "chosen" not in record or "rejected" not in record:
         return False
     return is_conversation(record) or (
-        isinstance(record["chosen"], list) and not any(isinstance(record.get(key), str) for key in PROMPT_KEYS)
+        isinstance(record["chosen"], list) and not any(isinstance(record.get(key), (str, list)) for key in PROMPT_KEYS)
     )
 
 
@@ -352,7 +371,7 @@ def read_conversation_preference(record, repairs):
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    return _preference(prompt, chosen, rejected, read_tools(record))
+    return _preference(prompt, chosen, rejected, read_tools(record), repairs)
 
 
 def is_preference(record):
@@ -373,7 +392,7 @@ def read_preference(record, repairs):
         prompt = _prompt_of(record, key)
     chosen = _answer(_first(record, ("chosen", "response_chosen")), "chosen", repairs)
     rejected = _answer(_first(record, ("rejected", "response_rejected")), "rejected", repairs)
-    return _preference(prompt, chosen, rejected, read_tools(record))
+    return _preference(prompt, chosen, rejected, read_tools(record), repairs)
 
 
 def _transcript(text):
@@ -398,12 +417,15 @@ def _answer(value, name, repairs):
     return read_messages(value, repairs)
 
 
-def _preference(prompt, chosen, rejected, tools):
-    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
+def _preference(prompt, chosen, rejected, tools, repairs):
+    if not any(message["role"] == "user" for message in prompt) or prompt[-1]["role"] not in ("user", "tool"):
         raise RowError("the prompt of a preference must end with a user message")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if not answer or answer[0]["role"] != "assistant" or _is_empty(answer[-1]):
+        ends = (answer[0]["role"], answer[-1]["role"]) if answer else ()
+        if ends != ("assistant", "assistant") or _is_empty(answer[-1]):
             raise RowError(f"{name!r} must be an answer of the assistant that is not empty")
+    prompt = check_turns([*prompt, *chosen], repairs)[: -len(chosen)]
+    check_turns([*prompt, *rejected], Repairs())
     return Preference(prompt, chosen, rejected, tools)
 
 

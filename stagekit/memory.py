@@ -10,7 +10,7 @@ GIB = 1024**3
 def count_parameters(config, model_class) -> tuple[int, int]:
     """(all parameters, parameters of linear layers but the head) of a model, without allocating it."""
     with torch.device("meta"):
-        model = model_class._from_config(config)
+        model = model_class(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     return total, sum(
         module.in_features + module.out_features

@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from stagekit.checkpoint import Source
+from template import TEMPLATES
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,11 @@ def load_config(source: Source, model_args, longest: int | None = None):
         if not os.path.isdir(source.base):
             raise explain_hub_error(source.base, error) from error
         raise ValueError(f"{source.base}: not a model that transformers can load ({_first_line(error)})") from error
-    trained = getattr(config, "max_position_embeddings", None)
+    inherited = (source.stage or {}).get("base_model", {})
+    for name in STRETCHED:  # an adapter trained on stretched positions needs them ever after
+        if source.adapter and name in inherited:
+            setattr(config, name, inherited[name])
+    trained = _num_positions(config)
     if model_args.rope_scaling:
         _scale_rope(config, model_args.rope_scaling, longest, trained)
     elif longest and trained and longest > trained:
@@ -70,6 +75,27 @@ def load_config(source: Source, model_args, longest: int | None = None):
             "positions with --rope_scaling yarn"
         )
     return config
+
+
+STRETCHED = ("rope_parameters", "max_position_embeddings")
+
+
+def stretched_positions(config) -> dict:
+    """What --rope_scaling changed in a configuration, for stage.json; empty when nothing was."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict) or "factor" not in parameters:
+        return {}
+    return {name: getattr(config, name) for name in STRETCHED}
+
+
+def _num_positions(config):
+    """The longest text a model takes, in tokens, with positions that are stretched already; None without a limit."""
+    trained = getattr(config, "max_position_embeddings", None)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if not trained or not parameters.get("factor"):
+        return trained
+    original = trained if parameters["rope_type"] == "dynamic" else parameters.get("original_max_position_embeddings")
+    return max(trained, round(original * parameters["factor"])) if original else trained
 
 
 def _scale_rope(config, kind, longest, trained):
@@ -84,6 +110,11 @@ def _scale_rope(config, kind, longest, trained):
             "--rope_scaling %s changes nothing: %s tokens fit the model's %d positions", kind, longest, trained
         )
         return
+    if parameters.get("rope_type", "default") != "default":
+        raise ValueError(
+            f"--rope_scaling {kind}: the positions of this model are stretched already ({parameters['rope_type']}, up to "
+            f"{trained} tokens); shorten the sequences"
+        )
     config.rope_parameters = {**parameters, "rope_type": kind, "factor": factor}
     if kind == "yarn":
         config.rope_parameters["original_max_position_embeddings"] = trained
@@ -121,15 +152,17 @@ def choose_pad_token(tokenizer) -> None:
     """Set a padding token other than EOS, for where padding is masked by id, EOS would never be learnt.
 
     The labels of this project never depend on it (padding is masked by position), but other programs' do. The
-    vocabulary does not grow: a token is chosen that text cannot produce.
+    vocabulary does not grow: a token is chosen that text cannot produce, and that ends no answer in any template.
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     taken = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token}
+    taken |= {stop for template in TEMPLATES.values() for stop in template.stop}
+    unknown = tokenizer.unk_token if tokenizer.unk_token != tokenizer.eos_token else None  # GPT-2 has one for both
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     unused = [token for token in special if token not in taken]
     preferred = [token for token in unused if any(word in token.lower() for word in ("pad", "reserved", "unused"))]
-    choice = (preferred or [tokenizer.unk_token] or [None])[0] or (unused[-1] if unused else None)
+    choice = next(iter([*preferred, *filter(None, [unknown]), *reversed(unused)]), None)
     if choice is None:
         logger.warning(
             "the tokenizer has no token to pad with but %r; padding is masked by position", tokenizer.eos_token
@@ -249,6 +282,11 @@ def add_adapter(model, source: Source, lora_args, training_args):
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=bool(training_args.activation_checkpointing)
         )
+        # On CPUs with AVX512-BF16 the first evaluation would repack 4-bit weights for a kernel that passes no gradient
+        # back, and never undo it: training would go on without the layers below (bitsandbytes 0.50).
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if source.adapter:
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
         lora = model.peft_config["default"]

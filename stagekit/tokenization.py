@@ -7,6 +7,7 @@ a control token: control strings inside contents are cut in two before they are 
 import re
 from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -43,7 +44,7 @@ class Chat:
     stable: bool
     control: re.Pattern = field(repr=False)
     special: re.Pattern = field(repr=False)
-    anchor: str = ""
+    joiner: "Joiner" = field(repr=False)
 
 
 @dataclass
@@ -102,12 +103,8 @@ def prepare_chat(tokenizer, template_name: str | None) -> Chat:
             "of this vocabulary, so nothing would learn to stop; choose a template that fits the tokenizer "
             "(vicuna and alpaca end with its own eos token)"
         )
-    anchor = (
-        "" if _plain_ids(tokenizer, "\na")[len(_plain_ids(tokenizer, "\n")) :] == _plain_ids(tokenizer, "a") else "\n"
-    )
-    return Chat(
-        tokenizer, template_name or "own", end_of_turn, stop_ids, _is_stable(tokenizer), control, special, anchor
-    )
+    name, joiner = template_name or "own", Joiner(tokenizer)
+    return Chat(tokenizer, name, end_of_turn, stop_ids, _is_stable(tokenizer), control, special, joiner)
 
 
 PROBE = [
@@ -116,6 +113,8 @@ PROBE = [
     {"role": "user", "content": "gamma"},
     {"role": "assistant", "content": "delta"},
 ]
+# Some templates rewrite history only where there are thoughts to drop.
+THOUGHTFUL_PROBE = [PROBE[0], {**PROBE[1], "content": "<think>\nepsilon\n</think>\n\nbeta"}, *PROBE[2:]]
 
 
 def _choose_settings(tokenizer):
@@ -144,10 +143,12 @@ def _find_end_of_turn(tokenizer):
 
 
 def _is_stable(tokenizer):
-    return _render(tokenizer, PROBE, None, False)[0].startswith(_render(tokenizer, PROBE[:3], None, True)[0]) and (
-        _render(tokenizer, PROBE[:3], None, False)[0].startswith(_render(tokenizer, PROBE[:2], None, False)[0])
-        and _render(tokenizer, PROBE[:2], None, False)[0].startswith(_render(tokenizer, PROBE[:1], None, True)[0])
-    )
+    for probe in (PROBE, THOUGHTFUL_PROBE):
+        first, answered, asked = (_render(tokenizer, probe[:count], None, count % 2 == 1)[0] for count in (1, 2, 3))
+        again, full = _render(tokenizer, probe[:3], None, False)[0], _render(tokenizer, probe, None, False)[0]
+        if not (full.startswith(asked) and again.startswith(answered) and answered.startswith(first)):
+            return False
+    return True
 
 
 def _added_tokens(tokenizer):
@@ -242,6 +243,8 @@ def encode_conversation(
     samples, lost, index, first = [], 0, 0, starts[0]
     while index < len(targets):
         begin, end = targets[index]
+        if not chat.stable:  # history without its thoughts is shorter: more of it may fit than before the last answer
+            first = starts[0]
         sample = build(first, begin, end)
         while len(sample.input_ids) > max_length and first < begin:
             first = next(start for start in starts if start > first)
@@ -261,23 +264,36 @@ def encode_conversation(
     return samples, lost
 
 
-def _guarded(chat, messages):
-    """Replace control strings inside contents by guard marks; answers may hold added tokens such as <think>."""
-    forged, result = [], []
+def _guarded(chat, messages, tools):
+    """Replace control strings inside contents, tool calls and tools by guard marks.
 
-    def guard(match):
+    Answers may hold added tokens such as <think>. Returns (messages, tools, control strings by their number).
+    """
+    forged = []
+
+    def mark(match):
         forged.append(match.group())
         return f"\ufdd0{len(forged) - 1}\ufdd1"
 
+    def guard(value, pattern):
+        if isinstance(value, str):
+            return pattern.sub(mark, value)
+        if isinstance(value, list):
+            return [guard(item, pattern) for item in value]
+        if isinstance(value, dict):
+            return {guard(key, pattern): guard(item, pattern) for key, item in value.items()}
+        return value
+
+    result = []
     for message in messages:
         pattern = chat.special if message["role"] == "assistant" else chat.control
-        result.append({**message, "content": pattern.sub(guard, message["content"])})
-    return result, forged
+        result.append({key: value if key == "role" else guard(value, pattern) for key, value in message.items()})
+    return result, guard(tools, chat.control), forged
 
 
 def _pieces(chat, messages, tools, add_generation_prompt):
     """Render messages and cut the text where answers begin and end: [(text, index of the answer or None), …]."""
-    guarded, forged = _guarded(chat, messages)
+    guarded, tools, forged = _guarded(chat, messages, tools)
     try:
         text, spans = _render(chat.tokenizer, guarded, tools, add_generation_prompt)
         if not spans and chat.stable:
@@ -296,9 +312,9 @@ def _pieces(chat, messages, tools, add_generation_prompt):
 
 
 def _trained_length(chat, answer):
-    """Length of an answer up to and including its end-of-turn; white space behind it is the template's."""
-    stripped = answer.rstrip()
-    return len(stripped) if stripped.endswith(chat.end_of_turn) else len(answer)
+    """Length of an answer up to and including its end-of-turn; what stands behind it (\\n, EOS) is the template's."""
+    end = answer.rfind(chat.end_of_turn)
+    return len(answer) if end < 0 else end + len(chat.end_of_turn)
 
 
 def _spans_by_prefix(chat, messages, tools, text):
@@ -333,7 +349,7 @@ def _encode_sample(chat, messages, tools, learnt, train_on_inputs):
 
 def _last_answer(chat, messages, tools):
     """The pieces of a conversation whose last answer is learnt, for templates that rewrite history."""
-    guarded, forged = _guarded(chat, messages)
+    guarded, tools, forged = _guarded(chat, messages, tools)
     try:
         prompt = _render(chat.tokenizer, guarded[:-1], tools, True)[0]
         full = _render(chat.tokenizer, guarded, tools, False)[0]
@@ -351,33 +367,56 @@ def _encode_pieces(chat, pieces, forged):
     for text, owner in pieces:
         parts = GUARD.split(text)  # text, index of a forged control string, text, …
         for number, part in enumerate(parts):
-            if number % 2:
-                ids = _neutral_ids(chat, forged[int(part)])
-            else:
-                ids = _piece_ids(chat, part, at_start=not input_ids)
+            ids = chat.joiner.neutral(forged[int(part)], input_ids) if number % 2 else chat.joiner(part, input_ids)
             input_ids += ids
             owners += [owner] * len(ids)
     return input_ids, owners
 
 
-def _piece_ids(chat, text, at_start):
-    """Tokenise a piece as it would be inside a longer text: SentencePiece puts a blank before the start of a text."""
-    if not text:
-        return []
-    if at_start or not chat.anchor:
-        return _plain_ids(chat.tokenizer, text)
-    return _plain_ids(chat.tokenizer, chat.anchor + text)[len(_plain_ids(chat.tokenizer, chat.anchor)) :]
-
-
-def _neutral_ids(chat, text):
-    """Tokenise a control string as ordinary text, by cutting it behind its first character."""
-    ids = _piece_ids(chat, text[:1], False) + _piece_ids(chat, text[1:], False)
-    assert len(text) < 2 or chat.tokenizer.convert_tokens_to_ids(text) not in ids
-    return ids
-
-
 def _plain_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Joiner:
+    """Tokenises the next piece of a text, so that the pieces give the ids of the whole.
+
+    Byte-level tokenizers need no help. SentencePiece ones put a blank before the start of a text, and some of them
+    before everything that follows a control token: their pieces are tokenised behind an anchor, which is then removed.
+    """
+
+    ANCHORS = ("\n", "a", "0", "。")  # tried in this order: an anchor must not melt into what follows it
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def needs_anchor(self) -> bool:
+        """Whether a text is tokenised otherwise at the start than behind something."""
+        newline, letter, both = (_plain_ids(self.tokenizer, text) for text in ("\n", "a", "\na"))
+        return both[len(newline) :] != letter
+
+    @cached_property
+    def added(self) -> dict[int, str]:
+        """Control tokens by their ids."""
+        return {key: token.content for key, token in self.tokenizer.added_tokens_decoder.items()}
+
+    def __call__(self, text: str, before: list[int]) -> list[int]:
+        """Token ids of a piece that stands behind the ids `before`."""
+        if not text or not before or not self.needs_anchor:
+            return _plain_ids(self.tokenizer, text) if text else []
+        control = self.added.get(before[-1])
+        for anchor in [control] if control else self.ANCHORS:
+            anchor_ids, ids = _plain_ids(self.tokenizer, anchor), _plain_ids(self.tokenizer, anchor + text)
+            if ids[: len(anchor_ids)] == anchor_ids:
+                return ids[len(anchor_ids) :]
+        return _plain_ids(self.tokenizer, text)
+
+    def neutral(self, text: str, before: list[int]) -> list[int]:
+        """Token ids of a control string as ordinary text: it is cut behind its first character."""
+        head = self(text[:1], before)
+        ids = head + self(text[1:], head or before)
+        assert len(text) < 2 or self.tokenizer.convert_tokens_to_ids(text) not in ids
+        return ids
 
 
 def _truncate(sample, max_length):
@@ -408,13 +447,12 @@ def encode_document(chat_control: re.Pattern, tokenizer, text: str, block_size: 
 
     Nothing is dropped: a longer document continues in the next piece. Control strings inside it stay plain text.
     """
-    input_ids, position = [], 0
+    input_ids, position, join = [], 0, Joiner(tokenizer)
     for match in [*chat_control.finditer(text), None]:
         stop = match.start() if match else len(text)
-        if stop > position:
-            input_ids += _plain_ids(tokenizer, text[position:stop])
+        input_ids += join(text[position:stop], input_ids)
         if match:
-            input_ids += _plain_ids(tokenizer, match.group()[:1]) + _plain_ids(tokenizer, match.group()[1:])
+            input_ids += join.neutral(match.group(), input_ids)
             position = match.end()
     if _adds_bos(tokenizer):
         input_ids.insert(0, tokenizer.bos_token_id)

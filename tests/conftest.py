@@ -62,8 +62,8 @@ def build_model(directory, architecture="qwen3", seed=0, scale=4.0, chat=True):
     ids = {"vocab_size": 448, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     common = {
         **ids,
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
@@ -71,11 +71,11 @@ def build_model(directory, architecture="qwen3", seed=0, scale=4.0, chat=True):
         "bos_token_id": None,
     }
     if architecture == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=16, tie_word_embeddings=True))
+        model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=32, tie_word_embeddings=True))
     elif architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
     else:
-        model = BloomForCausalLM(BloomConfig(**ids, hidden_size=32, n_layer=2, n_head=2, bos_token_id=None))
+        model = BloomForCausalLM(BloomConfig(**ids, hidden_size=64, n_layer=2, n_head=2, bos_token_id=None))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:

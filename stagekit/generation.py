@@ -1,0 +1,353 @@
+"""Answers from a trained model: load a checkpoint for generation, answer a batch, stream one answer.
+
+Prompts are rendered by tokenization.encode_prompt, the renderer of training: nothing is asked in another form than was
+trained. Used by inference.py and by whatever else asks a model questions.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from stagekit.arguments import ModelArguments
+from stagekit.checkpoint import Source, resolve
+from stagekit.modeling import explain_hub_error, load_config, load_tokenizer, quantization_config
+from stagekit.tokenization import Chat, encode_prompt, prepare_chat
+
+# Used where neither a flag nor the checkpoint's generation_config.json says anything.
+DEFAULTS = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.0, "top_k": 0}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that can answer.
+
+    Attributes:
+        model: in eval mode, on its device, its adapter active and not merged (merging rounds in 16 bits).
+        chat: tokenizer and template.
+        source: where all of it was found.
+        context_length: positions of the model in tokens, prompt and answer together; None when it has no limit.
+        stop_ids: token ids that end an answer: the template's and those of generation_config.json.
+        defaults: the checkpoint's own generation_config.
+    """
+
+    model: torch.nn.Module
+    chat: Chat
+    source: Source
+    context_length: int | None
+    stop_ids: list[int]
+    defaults: GenerationConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to choose tokens; temperature 0 is greedy, top_k 0 is no limit."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    repetition_penalty: float
+    top_k: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, or while it streams the beginning of one.
+
+    Attributes:
+        text: without the stop token and without white space at its ends.
+        finish_reason: "stop" (the model ended it), "length" (max_new_tokens did), None (unfinished).
+        num_tokens: generated tokens, the stop token included.
+    """
+
+    text: str
+    finish_reason: str | None
+    num_tokens: int
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def find_source(base_model: str | None, lora_model: str | None) -> Source:
+    """Find the base, adapter and tokenizer that --base_model and --lora_model name; either of them is enough.
+
+    Raises:
+        ValueError: neither was given, no adapter there, a reward model, or an adapter of another base.
+        FileNotFoundError: a directory that does not exist.
+    """
+    if not (base_model or lora_model):
+        raise ValueError(
+            "--base_model or --lora_model is missing: name a model, or a directory an earlier stage wrote"
+        )
+    source = resolve(base_model, lora_model) if base_model else resolve(lora_model)
+    if lora_model and not source.adapter:
+        raise ValueError(f"--lora_model {lora_model} holds no adapter (adapter_config.json); give it as --base_model")
+    if not os.path.isdir(source.base) and source.base.startswith((".", "/")):
+        raise FileNotFoundError(
+            f"{source.adapter} was trained on {source.base}, which is not there; name its new place with --base_model"
+        )
+    if source.adapter and PeftConfig.from_pretrained(source.adapter).task_type == "SEQ_CLS":
+        raise ValueError(f"{source.adapter} is a reward model: it scores answers and cannot write any")
+    return source
+
+
+def load_chat(source: Source, tokenizer_path: str | None = None, template_name: str | None = None) -> Chat:
+    """Load the tokenizer with its chat template, or with a named one."""
+    return prepare_chat(load_tokenizer(source, _model_arguments(source, tokenizer_path)), template_name)
+
+
+def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=False, **quantization) -> LoadedModel:
+    """Load weights and adapter: bf16 on GPUs that have it, else fp16, fp32 on CPU; spread over all visible GPUs.
+
+    Args:
+        source, chat: what find_source and load_chat returned.
+        only_cpu: use no accelerator even if there is one.
+        resize_emb: give the embeddings a row for every token; without it a larger tokenizer is an error.
+        **quantization: load_in_4bit or load_in_8bit.
+
+    Raises:
+        ValueError: no model there, the tokenizer is larger than the embeddings, or the adapter does not fit.
+    """
+    args = _model_arguments(source, **quantization)
+    config = load_config(source, args)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        raise ValueError(f"{source.base} is a reward model: it scores answers and cannot write any")
+    model = _load_base(source, args, config, only_cpu)
+    _fit_embeddings(model, chat.tokenizer, resize_emb)
+    defaults = model.generation_config
+    if source.adapter and Path(source.adapter, "generation_config.json").is_file():
+        defaults = GenerationConfig.from_pretrained(source.adapter)
+    model.generation_config = GenerationConfig()  # generate() fills what a call leaves open from here: nothing
+    if source.adapter:
+        try:
+            model = PeftModel.from_pretrained(model, source.adapter)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"adapter {source.adapter} does not fit {source.base} (--resize_emb True?): {reason}"
+            ) from error
+    eos = defaults.eos_token_id
+    stop_ids = chat.stop_ids + (eos if isinstance(eos, list) else [] if eos is None else [eos])
+    text = config.get_text_config()
+    context_length = getattr(text, "max_position_embeddings", None) or getattr(text, "seq_length", None)
+    return LoadedModel(model.eval(), chat, source, context_length, list(dict.fromkeys(stop_ids)), defaults)
+
+
+def _load_base(source, args, config, only_cpu):
+    accelerated = torch.accelerator.is_available() and not only_cpu
+    device = torch.accelerator.current_accelerator().type if accelerated else "cpu"
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    several = accelerated and torch.accelerator.device_count() > 1
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            source.base,
+            config=config,
+            revision=args.model_revision,
+            dtype=torch.float32 if device == "cpu" else torch.bfloat16 if bf16 else torch.float16,
+            device_map="auto" if several else {"": device},
+            quantization_config=quantization_config(args),
+        )
+    except (OSError, ImportError) as error:
+        if isinstance(error, OSError) and not os.path.isdir(source.base):
+            raise explain_hub_error(source.base, error) from error
+        raise ValueError(f"{source.base}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _model_arguments(source, tokenizer_path=None, **quantization):
+    revision = (source.stage or {}).get("base_model", {}).get("revision")
+    return ModelArguments(
+        model_name_or_path=source.base,
+        tokenizer_name_or_path=tokenizer_path,
+        model_revision=None if os.path.isdir(source.base) else revision,
+        **quantization,
+    )
+
+
+def _fit_embeddings(model, tokenizer, resize):
+    needed = max(tokenizer.get_vocab().values()) + 1
+    rows = model.get_input_embeddings().weight.shape[0]
+    if needed > rows and not resize:
+        raise ValueError(
+            f"the tokenizer has {needed} tokens and the model embeddings for {rows}; --resize_emb True adds "
+            "untrained rows, or give the tokenizer that belongs to the model (--tokenizer_path)"
+        )
+    if needed > rows:
+        model.resize_token_embeddings(needed)
+
+
+def choose_settings(loaded: LoadedModel, **chosen: float | None) -> Settings:
+    """Complete settings: what was chosen, else what the checkpoint's generation_config says, else DEFAULTS.
+
+    Args:
+        loaded: what load_for_generation returned.
+        **chosen: fields of Settings; None stands for "not chosen".
+
+    Raises:
+        ValueError: the chosen max_new_tokens leaves no room for a prompt.
+    """
+    values = {name: getattr(loaded.defaults, name, None) for name in DEFAULTS}
+    values = {name: DEFAULTS[name] if value is None else value for name, value in values.items()}
+    if loaded.context_length:
+        values["max_new_tokens"] = min(values["max_new_tokens"], loaded.context_length // 2)
+    values.update({name: value for name, value in chosen.items() if value is not None})
+    if loaded.context_length and values["max_new_tokens"] >= loaded.context_length:
+        raise ValueError(
+            f"--max_new_tokens {values['max_new_tokens']} leaves no room for a prompt: the model's context is "
+            f"{loaded.context_length} tokens"
+        )
+    return Settings(**values)
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def prompt_limit(loaded: LoadedModel, settings: Settings) -> int | None:
+    """Longest prompt in tokens that leaves room for the answer; None without limit."""
+    return loaded.context_length - settings.max_new_tokens if loaded.context_length else None
+
+
+def fit_history(
+    chat: Chat, messages: list[dict], limit: int | None, tools: list[dict] | None = None
+) -> tuple[list[dict], list[int]] | None:
+    """Drop the oldest exchanges until the prompt fits; the system message stays.
+
+    Args:
+        chat: what load_chat returned.
+        messages: ending with a user or tool message.
+        limit: in tokens; None without limit.
+        tools: functions offered to the model.
+
+    Returns:
+        (the messages left, their input_ids), or None when the last exchange alone does not fit.
+
+    Raises:
+        formats.RowError: the template refuses the messages.
+    """
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    for start in starts:
+        kept = system + messages[start:]
+        input_ids = encode_prompt(chat, kept, tools)
+        if limit is None or len(input_ids) <= limit:
+            return kept, input_ids
+    return None
+
+
+# -- answers ---------------------------------------------------------------------------------------------------------
+
+
+def generate_batch(loaded: LoadedModel, prompts: list[list[int]], settings: Settings) -> list[Answer]:
+    """Answer several prompts at once; greedily, each as it would be alone (in fp32; 16 bits round by batch shape).
+
+    Args:
+        loaded: what load_for_generation returned.
+        prompts: input_ids of each, of any lengths.
+        settings: what choose_settings returned.
+    """
+    longest = max(map(len, prompts))
+    # A row is padded with its own first token: masked, so its value is seen by nothing but the repetition penalty,
+    # which a foreign padding token would change (EOS, where a tokenizer has no other, would hardly be generated).
+    padded = [ids[:1] * (longest - len(ids)) + ids for ids in prompts]
+    mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+    output = loaded.model.generate(
+        input_ids=torch.tensor(padded, device=loaded.model.device),  # (batch, longest)
+        attention_mask=torch.tensor(mask, device=loaded.model.device),
+        generation_config=_generation_config(loaded, settings),
+    )
+    return [_answer(loaded, ids) for ids in output[:, longest:].tolist()]
+
+
+def _generation_config(loaded, settings):
+    sampling = {"do_sample": settings.temperature > 0}
+    if sampling["do_sample"]:
+        sampling.update(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        repetition_penalty=settings.repetition_penalty,
+        eos_token_id=loaded.stop_ids,
+        pad_token_id=loaded.chat.tokenizer.pad_token_id,
+        **sampling,
+    )
+
+
+def _answer(loaded, ids):
+    """Cut (new_tokens,) ids at the first stop token; what stands behind it is padding."""
+    end = next((index for index, token in enumerate(ids) if token in loaded.stop_ids), None)
+    reason, count = ("length", len(ids)) if end is None else ("stop", end + 1)
+    return Answer(_decode(loaded, ids[:end]).strip(), reason, count)
+
+
+def _decode(loaded, ids):
+    return loaded.chat.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def stream(loaded: LoadedModel, input_ids: list[int], settings: Settings) -> Iterator[Answer]:
+    """Yield one answer as it grows; the last item is the finished one.
+
+    The text of an item begins with the text of the one before it and never ends in half a character. The model works
+    in its own thread, so an interrupt reaches the caller at once; closing the generator stops it within one token.
+    """
+    tokens, stop = queue.SimpleQueue(), threading.Event()
+
+    def work():
+        try:
+            loaded.model.generate(
+                input_ids=torch.tensor([input_ids], device=loaded.model.device),
+                attention_mask=torch.ones(1, len(input_ids), dtype=torch.long, device=loaded.model.device),
+                generation_config=_generation_config(loaded, settings),
+                streamer=_Queue(tokens),
+                stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
+            )
+            tokens.put(None)
+        except Exception as error:
+            tokens.put(error)  # raised where the answer is read
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        ids, text, prefix, read = [], "", 0, 0
+        while (token := tokens.get()) is not None:
+            if isinstance(token, Exception):
+                raise token
+            ids.append(token)
+            if token in loaded.stop_ids:
+                continue
+            # Decoding from `prefix`, some tokens back, keeps the blanks that tokenizers drop at the start of a text.
+            before, now = _decode(loaded, ids[prefix:read]), _decode(loaded, ids[prefix:])
+            if len(now) > len(before) and not now.endswith("\ufffd"):
+                text, prefix, read = text + now[len(before) :], read, len(ids)
+                yield Answer(text.strip(), None, len(ids))
+        yield _answer(loaded, ids)
+    finally:
+        stop.set()
+        thread.join()
+
+
+class _Queue(BaseStreamer):
+    """Put each new token id into a queue; the first call brings the prompt."""
+
+    def __init__(self, tokens):
+        self.tokens, self.prompt_seen = tokens, False
+
+    def put(self, value):
+        if self.prompt_seen:
+            self.tokens.put(value.item())
+        self.prompt_seen = True
+
+    def end(self):
+        pass
+
+
+class _Stopped(StoppingCriteria):
+    def __init__(self, event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), self.event.is_set(), dtype=torch.bool, device=input_ids.device)

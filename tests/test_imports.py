@@ -1,0 +1,103 @@
+"""Imports point one way: scripts and tools -> stagekit -> template; no script imports another, no circle exists."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {path.stem for path in ROOT.glob("*.py")} - {"template", "eval_metrics"}
+FILES = [path for pattern in ("*.py", "stagekit/*.py", "tools/*.py") for path in sorted(ROOT.glob(pattern))]
+# Who may import whom below the scripts; a new arrow is a decision, made here.
+MAY_IMPORT = {
+    "template": set(),
+    "eval_metrics": set(),
+    "stagekit": set(),
+    "stagekit.arguments": {"template"},
+    "stagekit.formats": set(),
+    "stagekit.data": {"stagekit.formats"},
+    "stagekit.checkpoint": set(),
+    "stagekit.memory": set(),
+    "stagekit.curves": set(),
+    "stagekit.modeling": {"stagekit.checkpoint", "template"},
+    "stagekit.tokenization": {"stagekit.formats", "stagekit.modeling", "template"},
+    "stagekit.checks": {"stagekit.data", "stagekit.tokenization"},
+    "stagekit.generation": {
+        *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.tokenization"),
+    },
+    "stagekit.run": {
+        *("stagekit.checkpoint", "stagekit.checks", "stagekit.curves", "stagekit.data", "stagekit.formats"),
+        *("stagekit.memory", "stagekit.modeling", "stagekit.tokenization"),
+    },
+}
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    """Full names of all the modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {member for member in members if (ROOT / f"{member.replace('.', '/')}.py").is_file()}
+            found |= modules if modules == members else modules | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def ours(path):
+    """The modules of this project among the imports of a file."""
+    tops = {"stagekit", "tools", "tests", "conftest", "template", "eval_metrics", *SCRIPTS}
+    return {name for name in imports(path) if name.partition(".")[0] in tops}
+
+
+ARROWS = {module_name(path): ours(path) for path in FILES}
+
+
+@pytest.mark.parametrize("name", sorted(set(ARROWS) - SCRIPTS - {name for name in ARROWS if name.startswith("tools")}))
+def test_a_module_imports_only_what_the_table_allows(name):
+    assert name in MAY_IMPORT, f"{name} is new: say in MAY_IMPORT what it may import"
+    assert ARROWS[name] <= MAY_IMPORT[name]
+
+
+def test_the_table_speaks_of_modules_that_exist():
+    optional = {"eval_metrics"}  # written by a later stage
+    assert set(MAY_IMPORT) - optional <= set(ARROWS)
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS) + sorted(name for name in ARROWS if name.startswith("tools")))
+def test_scripts_and_tools_import_no_script_and_no_other_tool(name):
+    assert ARROWS[name] <= set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("graph", [MAY_IMPORT, ARROWS], ids=["allowed", "found"])
+def test_nothing_goes_in_a_circle(graph):
+    left = dict(graph)
+    while left:
+        free = {name for name, targets in left.items() if not targets & set(left)}
+        assert free, f"a circle among {sorted(left)}"
+        left = {name: targets for name, targets in left.items() if name not in free}
+
+
+def test_template_needs_nothing_but_the_standard_library_and_jinja2():
+    assert {name.partition(".")[0] for name in imports(ROOT / "template.py")} <= sys.stdlib_module_names | {"jinja2"}
+
+
+def test_reading_data_needs_no_model_library():
+    heavy = {"torch", "transformers", "peft", "trl"}
+    for name in ("formats", "data", "checkpoint"):
+        assert not {found.partition(".")[0] for found in imports(ROOT / f"stagekit/{name}.py")} & heavy, name
+
+
+def test_all_files_of_the_project_are_looked_at():
+    assert {"template", "pretraining", "stagekit", "stagekit.run", "tools.build_starter_model"} <= set(ARROWS)
+    assert ARROWS["pretraining"] >= {"stagekit.arguments", "stagekit.run"}
+    assert ARROWS["stagekit.run"] >= {"stagekit.checks", "stagekit.data"}
+    assert ARROWS["stagekit.checks"] >= {"stagekit.data"}
