@@ -1,7 +1,7 @@
 r"""Stage 1: continued pretraining on running text; the loss is on every token.
 
 Reads   --model_name_or_path   a base model, or the directory of an earlier pretraining run
-        --train_file_dir       .txt, .jsonl, .json (also .gz) with {"text": ...}; a file, a folder, or several with commas
+        --train_file_dir       .txt, .jsonl, .json (also .gz) with {"text": ...}; a file or folder, several with commas
 Writes  --output_dir           adapter (or weights), tokenizer, stage.json, curves.png: what the next stage reads
 
 Run it through scripts/run_pt.sh, or:

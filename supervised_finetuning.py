@@ -1,8 +1,8 @@
 r"""Stage 2: supervised fine-tuning on conversations; the loss is on the answers and the token that ends them.
 
 Reads   --model_name_or_path   a base model, or the directory of the pretraining stage
-        --train_file_dir       conversations (ShareGPT, OpenAI, Alpaca, question/answer, with tools): README lists the forms
-Writes  --output_dir           adapter (or weights), tokenizer with its chat template, stage.json: all inference.py needs
+        --train_file_dir       conversations (ShareGPT, OpenAI, Alpaca, question/answer, tools); README lists the forms
+Writes  --output_dir           adapter (or weights), tokenizer with chat template, stage.json: all inference.py needs
 
 Run it through scripts/run_sft.sh, or:
 

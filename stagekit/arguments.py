@@ -50,7 +50,8 @@ class ModelArguments:
     rope_scaling: str | None = field(
         default=None,
         metadata={
-            "help": "Stretch rotary positions so that longer texts fit; the factor follows from the longest text asked "
+            "help": "Stretch rotary positions so that longer texts fit; the factor follows from the longest "
+            "text asked "
             "for and what the model was trained on.",
             "choices": ["linear", "dynamic", "yarn"],
         },
@@ -150,7 +151,8 @@ class DataArguments:
     on_bad_row: str = field(
         default="stop",
         metadata={
-            "help": "stop: name the unreadable rows and exit before any model is loaded; skip: go on and write them to "
+            "help": "stop: name the unreadable rows and exit before any model is loaded; skip: go on and "
+            "write them to "
             "<output_dir>/rejected_rows.jsonl.",
             "choices": ["stop", "skip"],
         },
@@ -305,6 +307,9 @@ def translate_old_flags(argv: list[str], known: set[str]) -> tuple[list[str], li
             notes.append(f"--{name} {note}")
             if today is None:
                 continue
+            if today == "max_length" and today not in known and "block_size" in known:
+                today = "block_size"
+                notes[-1] = f"--{name} is --block_size here"
             flag = f"--{today}"
         tokens += [f"{flag}={value}"] if equals else [flag, *values]
     if lengths:
@@ -395,8 +400,8 @@ def parse_args(*dataclass_types: type, description: str | None = None, args: lis
 def prepare_devices(argv: list[str], namespace) -> list[str]:
     """Do what must be done before TrainingArguments looks at the hardware; return flags to add.
 
-    On a machine without accelerator --use_cpu is not a wish but the truth: without it, torchrun starts N runs that know
-    nothing of each other, and write into one directory. ZeRO-3 on CPU needs the process group before the weights.
+    Without an accelerator --use_cpu is not a wish but the truth: without it, torchrun starts N runs that know nothing
+    of each other, and write into one directory. ZeRO-3 on CPU needs the process group before the weights.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""What a stage leaves on disk and what the next one reads: stage.json, fingerprints, checkpoints that are whole or absent."""
+"""What a stage leaves on disk and the next one reads: stage.json, fingerprints, checkpoints, whole or absent."""
 
 import hashlib
 import json
@@ -133,7 +133,8 @@ def verify_stage(directory: str | Path, stage: dict) -> None:
             )
         if file_sha256(path) != expected:
             raise ValueError(
-                f"{path}: changed after the stage was saved (its sha256 differs from {STAGE_FILE}); restore it, or remove "
+                f"{path}: changed after the stage was saved (its sha256 differs from {STAGE_FILE}); restore "
+                "it, or remove "
                 f"{STAGE_FILE} to use the directory as a plain model"
             )
 
@@ -290,7 +291,7 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None) -> str | None:
 
     Args:
         output_dir: where the run writes.
-        wanted: value of --resume_from_checkpoint: None or "False" for none, "True" for the newest whole one, or a path.
+        wanted: value of --resume_from_checkpoint: None or "False" for none, "True" for the newest whole one, a path.
 
     Raises:
         ValueError: the named checkpoint is incomplete, or there is none.
@@ -312,41 +313,48 @@ def find_checkpoint(output_dir: str | Path, wanted: str | None) -> str | None:
     raise ValueError(f"--resume_from_checkpoint True: no complete checkpoint in {output_dir}; start without the flag")
 
 
-def prepare_output_dir(output_dir: str | Path, overwrite: bool, resume: bool) -> None:
-    """Make room for a run without losing an earlier one.
-
-    A finished run is moved aside, to <output_dir>.1, .2, …; an interrupted one is left for the user to decide.
+def check_output_dir(output_dir: str | Path, overwrite: bool, resume: bool, source: Source) -> None:
+    """Look, before any work is done, whether a run may write there. Nothing is changed yet.
 
     Raises:
-        ValueError: checkpoints of an interrupted run stand there and neither resuming nor overwriting was asked for.
+        ValueError: it cannot be written; it is what the run starts from; checkpoints of an interrupted run stand there
+            and neither resuming nor overwriting was asked for.
     """
     path = Path(output_dir)
-    if overwrite and not resume and path.is_dir():
-        for item in path.iterdir():  # only what a run writes: the directory may hold more than that
-            if item.is_dir() and (item.name.startswith("checkpoint-") or item.name in ("runs", SAVING)):
-                shutil.rmtree(item)
-            elif item.is_file() and (DELIVERED.match(item.name) or item.name in WRITTEN):
-                item.unlink()
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file")
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"--output_dir {output_dir} cannot be written ({existing} is no directory, or read-only)")
+    if path.exists() and any(place and path.samefile(place) for place in (source.directory, source.adapter)):
+        raise ValueError(f"--output_dir {output_dir} is what the run starts from; write somewhere else, to keep both")
+    unfinished = list_checkpoints(path) if not (path / STAGE_FILE).is_file() else []
+    if unfinished and not resume and not overwrite:
+        raise ValueError(
+            f"{output_dir} holds {unfinished[-1].name} of an interrupted run: continue it with "
+            "--resume_from_checkpoint True, or start over with --overwrite_output_dir True"
+        )
+
+
+def prepare_output_dir(output_dir: str | Path, overwrite: bool, resume: bool) -> None:
+    """Make room for a run, when everything before it went well, without losing an earlier one.
+
+    A finished run is moved aside, to <output_dir>.1, .2, …; under --overwrite_output_dir what a run wrote is deleted,
+    and nothing else: the directory may hold more than that.
+    """
+    path = Path(output_dir)
     if path.is_dir() and not resume:
-        if (path / STAGE_FILE).is_file():
+        if overwrite:
+            for item in path.iterdir():
+                if item.is_dir() and (item.name.startswith("checkpoint-") or item.name in ("runs", SAVING)):
+                    shutil.rmtree(item)
+                elif item.is_file() and (DELIVERED.match(item.name) or item.name in WRITTEN):
+                    item.unlink()
+        elif (path / STAGE_FILE).is_file():
             number = 1
             while (aside := path.with_name(f"{path.name}.{number}")).exists():
                 number += 1
             path.rename(aside)
             logger.warning("%s held a finished run; it is kept as %s", output_dir, aside)
-        elif list_checkpoints(path):
-            raise ValueError(
-                f"{output_dir} holds {list_checkpoints(path)[-1].name} of an interrupted run: continue it with "
-                "--resume_from_checkpoint True, or start over with --overwrite_output_dir True"
-            )
     if (path / SAVING).is_dir():
         logger.warning("%s is removed: a checkpoint that was being written when an earlier run stopped", path / SAVING)
         shutil.rmtree(path / SAVING)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / ".writable").touch()
-        (path / ".writable").unlink()
-    except OSError as error:
-        raise ValueError(f"--output_dir {output_dir} cannot be written ({error.strerror})") from None
+    path.mkdir(parents=True, exist_ok=True)

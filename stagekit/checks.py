@@ -90,7 +90,8 @@ def leakage(
     if percentage > max_percentage:
         examples = ", ".join((found_here + found_earlier)[:5])
         raise CheckError(
-            f"{value} ({percentage:.1f} %, limit {max_percentage:g} %): {examples}; remove those rows from one side, or "
+            f"{value} ({percentage:.1f} %, limit {max_percentage:g} %): {examples}; remove those rows from "
+            "one side, or "
             "raise --max_leaked_percentage"
         )
     return value, f"{max_percentage:g} %"
@@ -140,7 +141,7 @@ def template_parity(chat: Chat, probes: list[Probe]) -> tuple[str, str]:
     """Compare the prompts in training samples with what inference sends, and with transformers' own rendering."""
     compared = same_as_transformers = 0
     for probe in probes:
-        messages, sample = probe.conversation.messages, probe.sample
+        sample = probe.sample
         if not sample.turns:
             continue
         turn = min(sample.turns)
@@ -149,7 +150,8 @@ def template_parity(chat: Chat, probes: list[Probe]) -> tuple[str, str]:
         sent = encode_prompt(chat, history, probe.conversation.tools)
         if sent != sample.input_ids[:start]:
             raise CheckError(
-                f"{probe.origin}: inference sends {_tail(chat, sent)!r}, training saw {_tail(chat, sample.input_ids[:start])!r}; "
+                f"{probe.origin}: inference sends {_tail(chat, sent)!r}, training saw "
+                f"{_tail(chat, sample.input_ids[:start])!r}; "
                 "the chat template or the tokenizer is not the one the data was prepared with"
             )
         compared += 1
@@ -237,7 +239,8 @@ def packing_is_exact(model, collator, samples: list[list[int]]) -> tuple[str, st
     limit = 1e-4 if exact else 5e-2
     if not difference <= limit:
         raise CheckError(
-            f"packed samples see each other: logits differ by {difference:.2g} of their size; use --packing False with this "
+            f"packed samples see each other: logits differ by {difference:.2g} of their size; use --packing "
+            "False with this "
             "model or attention implementation"
         )
     return f"{len(samples)} samples in a row, logits differ by {difference:.1g} of their size", f"{limit:g}"
@@ -279,7 +282,8 @@ def gradients_flow(trainer, model) -> tuple[str, str]:
     spread = ((everywhere.max() - everywhere.min()) / everywhere.max()).item()
     if spread > 1e-5:
         raise CheckError(
-            f"after the first backward pass the processes hold different gradients (norms {everywhere.tolist()}): they are "
+            "after the first backward pass the processes hold different gradients (norms "
+            f"{everywhere.tolist()}): they are "
             "not shared; check the launcher and --ddp_backend"
         )
     return f"norm {total.item():.3g} on {len(everywhere)} process(es)", "> 0 and equal"
@@ -289,7 +293,8 @@ def finite(value: float, step: int) -> tuple[str, str]:
     """A loss that is a number."""
     if not np.isfinite(value):
         raise CheckError(
-            f"the loss is {value} at step {step}; lower --learning_rate, use --bf16 True instead of --fp16, or look at the rows "
+            f"the loss is {value} at step {step}; lower --learning_rate, use --bf16 True instead of --fp16, "
+            "or look at the rows "
             "of that step"
         )
     return f"every logged loss up to step {step}", "finite"

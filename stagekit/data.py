@@ -103,6 +103,13 @@ def find_files(paths: str) -> list[Path]:
         if not path.is_dir():
             raise FileNotFoundError(f"{name}: no such file or directory (looked from {Path.cwd()})")
         found = sorted(file for file in path.rglob("*") if has_data_suffix(file.relative_to(path)) and file.is_file())
+        others = sorted(
+            file.name for file in path.rglob("*") if file.name.endswith((".csv", ".tsv", ".parquet", ".zip"))
+        )
+        if others:
+            logger.warning(
+                "%s: %d file(s) are not read, e.g. %s: convert them to .jsonl", name, len(others), others[0]
+            )
         if not found:
             raise FileNotFoundError(
                 f"{name}: no data in this directory; expected files ending in {', '.join(SUFFIXES)}"

@@ -25,8 +25,8 @@ def predict_training_bytes(
     """Predict the peak bytes of a training step on one device.
 
     Weights, gradients, Adam's two moments in fp32, activations and logits. Activations follow the count of
-    arXiv:2205.05198 (34 x hidden bytes a token and layer in 16 bit without attention scores), or the layer inputs and one
-    layer in full under activation checkpointing. An estimate: within a factor of two of what is measured.
+    arXiv:2205.05198 (34 x hidden bytes a token and layer in 16 bit without attention scores), or the layer inputs and
+    one layer in full under activation checkpointing. An estimate: within a factor of two of what is measured.
 
     Args:
         config: of the base model.

@@ -35,7 +35,8 @@ def explain_hub_error(name: str, error: Exception) -> ValueError:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     return ValueError(
         f"model {name!r} is not a directory here, and the hub {endpoint} {known}; three ways out: a mirror "
-        "(HF_ENDPOINT=https://…), --model_hub modelscope, or a local model (a path, or BASE_MODEL=starter for the wrappers)"
+        "(HF_ENDPOINT=https://…), --model_hub modelscope, or a local model (a path, or BASE_MODEL=starter "
+        "for the wrappers)"
     )
 
 
@@ -112,7 +113,8 @@ def _scale_rope(config, kind, longest, trained):
         return
     if parameters.get("rope_type", "default") != "default":
         raise ValueError(
-            f"--rope_scaling {kind}: the positions of this model are stretched already ({parameters['rope_type']}, up to "
+            f"--rope_scaling {kind}: the positions of this model are stretched already "
+            f"({parameters['rope_type']}, up to "
             f"{trained} tokens); shorten the sequences"
         )
     config.rope_parameters = {**parameters, "rope_type": kind, "factor": factor}
@@ -192,7 +194,8 @@ def packs_exactly(config, packing: bool | None) -> bool:
     possible = takes_position_ids(config)
     if packing and not possible:
         raise ValueError(
-            f"--packing True: {config.model_type} has no position_ids, so packed samples would see each other; leave it out"
+            f"--packing True: {config.model_type} has no position_ids, so packed samples would see each "
+            "other; leave it out"
         )
     if packing is None and not possible:
         logger.info(
@@ -272,7 +275,8 @@ def add_adapter(model, source: Source, lora_args, training_args):
             raise ValueError("--use_peft False trains all weights, which 4-bit and 8-bit bases do not allow")
         if source.adapter:
             raise ValueError(
-                f"{source.adapter} is an adapter; --use_peft False would leave it out. Merge it into its base first, or "
+                f"{source.adapter} is an adapter; --use_peft False would leave it out. Merge it into its base "
+                "first, or "
                 "train the adapter on"
             )
         # The optimiser needs fp32 weights to add small updates to; autocast computes in --bf16/--fp16 all the same.

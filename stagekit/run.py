@@ -29,6 +29,7 @@ from stagekit.checkpoint import (
     SAVING,
     Source,
     base_fingerprint,
+    check_output_dir,
     find_checkpoint,
     mark_complete,
     prepare_output_dir,
@@ -58,6 +59,8 @@ class Run:
     arguments: dict
     checks: checks.Checks
     resume: str | None = None
+    overwrite: bool = False
+    rejected: list[dict] = field(default_factory=list)
     chat: object = None
     tuning: dict = field(default_factory=dict)
     rope: dict = field(default_factory=dict)
@@ -81,7 +84,7 @@ def run_stage(main):
                 break
         try:
             return main(*args, **kwargs)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             if debug:
                 traceback.print_exc()
             rank = os.environ.get("RANK", "0")
@@ -121,14 +124,14 @@ def start_run(stage: str, model_args, lora_args, run_args, training_args, *other
 
         with training_args.main_process_first(desc="download"):
             name = fetch_from_modelscope(name, model_args.model_revision, model_args.cache_dir)
-    resuming = str(training_args.resume_from_checkpoint or "").lower() not in ("", "none", "false")
     with main_process_first(training_args):
         source = resolve(name, lora_args.peft_path, verify=training_args.process_index == 0)
-        if training_args.process_index == 0 and training_args.do_train:
-            prepare_output_dir(training_args.output_dir, run_args.overwrite_output_dir, resuming)
+    resume = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
+    if training_args.do_train:
+        check_output_dir(training_args.output_dir, run_args.overwrite_output_dir, bool(resume), source)
     parent = f", continues {source.directory} ({source.stage['stage']})" if source.stage else ""
     logger.info("%s: base %s%s", stage, source.base, parent)
-    return Run(stage, source, training_args, arguments, outcome)
+    return Run(stage, source, training_args, arguments, outcome, resume, run_args.overwrite_output_dir)
 
 
 @contextmanager
@@ -210,17 +213,13 @@ def _probe(stored):
 
 
 def show_data(run: Run, meta: dict) -> None:
-    """Print the ledgers, write the rejected rows, note both down for stage.json."""
+    """Print the ledgers; note them and the rejected rows down for what the run writes."""
     run.data = meta["ledgers"]
     run.train_hashes = np.array(meta["train_hashes"], dtype=np.uint64)
     for split, title in (("train", "training"), ("validation", "held-out")):
         for line in data.ledger_from_dict(run.data[split]).lines(title):
             logger.info("%s", line)
-    if meta["rejected"] and run.training_args.process_index == 0 and run.training_args.do_train:
-        path = Path(run.training_args.output_dir, data.REJECTED_ROWS)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in meta["rejected"])
-        path.write_text(text, encoding="utf-8")
-        logger.warning("%d unreadable rows were written to %s", len(meta["rejected"]), path)
+    run.rejected = meta["rejected"]
 
 
 def check_memory(run: Run, config, model_class, model_args, lora_args, max_tokens: int) -> None:
@@ -236,7 +235,8 @@ def check_memory(run: Run, config, model_class, model_args, lora_args, max_token
         if parts["total"] > available:
             largest = max((name for name in parts if name != "total"), key=parts.get)
             raise checks.CheckError(
-                f"{value}, most of it {largest}; try --load_in_4bit True, --activation_checkpointing True, a smaller batch or "
+                f"{value}, most of it {largest}; try --load_in_4bit True, --activation_checkpointing True, a "
+                "smaller batch or "
                 "length, or DEEPSPEED=scripts/zero3.json on several GPUs"
             )
         return value, "available memory"
@@ -288,7 +288,7 @@ def _nll(logits, targets):
 
 
 class StageTrainer(Trainer):
-    """transformers' Trainer with an exact token-mean loss, checkpoints that are whole or absent, and first-step proof."""
+    """Trainer with an exact mean loss over tokens, checkpoints that are whole or absent, and proof on the first step."""
 
     def __init__(self, run: Run, *args, **kwargs):
         super().__init__(*args, compute_metrics=_language_metrics, **kwargs)
@@ -335,6 +335,13 @@ class StageTrainer(Trainer):
                         "packing_is_exact", checks.packing_is_exact, model, self.data_collator, samples
                     )
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _run_epoch(self, *args, **kwargs):
+        """A checkpoint of the last step has nothing left to train; transformers would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_output_dir(self, trial):
         return self.staging or super()._get_output_dir(trial)
@@ -413,11 +420,18 @@ def finish_run(trainer: StageTrainer, run: Run, tokenizer) -> None:
         trainer.save_metrics("eval", metrics["after"])
         _print_metrics(metrics)
         return
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    if checkpoint:
-        logger.info("resumes from %s", checkpoint)
-    args.eval_on_start = args.do_eval and checkpoint is None
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if run.resume:
+        logger.info("resumes from %s", run.resume)
+    if trainer.is_world_process_zero():
+        prepare_output_dir(args.output_dir, run.overwrite, bool(run.resume))
+        if run.rejected:
+            path = Path(args.output_dir, data.REJECTED_ROWS)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.rejected)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            logger.warning("%d unreadable rows were written to %s", len(run.rejected), path)
+    trainer.accelerator.wait_for_everyone()
+    args.eval_on_start = args.do_eval and run.resume is None
+    result = trainer.train(resume_from_checkpoint=run.resume)
     first = next((entry for entry in trainer.state.log_history if "eval_loss" in entry), None)
     if args.do_eval:
         metrics["before"] = _measures(first or {})

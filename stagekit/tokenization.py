@@ -54,7 +54,7 @@ class Sample:
     Attributes:
         input_ids, labels: lists of one length; labels hold IGNORE_INDEX where nothing is learnt, and always at the
             first token, which nothing predicts.
-        turns: index of each of the conversation's assistant messages that is learnt here -> its (start, end) in tokens.
+        turns: for each assistant message that is learnt here, its index -> its (start, end) in tokens.
         truncated: the last of them lost its end, and with it the end-of-turn token.
     """
 
@@ -84,7 +84,8 @@ def prepare_chat(tokenizer, template_name: str | None) -> Chat:
         stops = template.stop_strings(tokenizer.eos_token)
     elif tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template; name one with --template_name, the one the model was trained with, or "
+            "the tokenizer has no chat template; name one with --template_name, the one the model was "
+            "trained with, or "
             "chatml for a base model whose vocabulary has <|im_end|> (vicuna suits any other)"
         )
     else:
@@ -99,7 +100,8 @@ def prepare_chat(tokenizer, template_name: str | None) -> Chat:
         stop_ids.append(tokenizer.eos_token_id)
     if not _is_token(tokenizer, end_of_turn):
         raise ValueError(
-            f"template {template_name or 'of the tokenizer'!r} ends an answer with {end_of_turn!r}, which is not one token "
+            f"template {template_name or 'of the tokenizer'!r} ends an answer with {end_of_turn!r}, which is "
+            "not one token "
             "of this vocabulary, so nothing would learn to stop; choose a template that fits the tokenizer "
             "(vicuna and alpaca end with its own eos token)"
         )
@@ -129,8 +131,10 @@ def _choose_settings(tokenizer):
             return
     tokenizer.chat_template = template
     raise ValueError(
-        "this tokenizer's chat template does not let an answer follow its generation prompt directly, so what is trained "
-        "could differ from what is asked at inference; choose a named template with --template_name (qwen3, deepseek3, …)"
+        "this tokenizer's chat template does not let an answer follow its generation prompt directly, so "
+        "what is trained "
+        "could differ from what is asked at inference; choose a named template with --template_name (qwen3, "
+        "deepseek3, …)"
     )
 
 
@@ -156,7 +160,7 @@ def _added_tokens(tokenizer):
 
 
 def _control_patterns(tokenizer):
-    """(every added token, only the special ones) as patterns, longest first. The guard's own marks count as control."""
+    """(every added token, only the special ones) as patterns, longest first; the guard's own marks are control."""
     special = set(tokenizer.all_special_tokens) | {
         token.content for token in tokenizer.added_tokens_decoder.values() if token.special
     }

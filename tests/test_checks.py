@@ -411,7 +411,13 @@ def trainer_of(processes=1, kind="NO", norms=None, deepspeed=None):
 
 @pytest.mark.parametrize(
     "started, believed, kind, holds",
-    [("1", 1, "NO", True), ("2", 2, "MULTI_CPU", True), ("2", 1, "NO", False), ("2", 2, "NO", False)],
+    [
+        ("1", 1, "NO", True),
+        ("2", 2, "MULTI_CPU", True),
+        ("2", 1, "NO", False),
+        ("2", 2, "NO", False),
+        ("2", 4, "MULTI_CPU", False),
+    ],
 )
 def test_processes_that_know_nothing_of_each_other_are_caught(monkeypatch, started, believed, kind, holds):
     monkeypatch.setenv("WORLD_SIZE", started)

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 OLD_COMMAND = """pretraining.py --model_type bloom --model_name_or_path {model} --train_file_dir
 {data} --validation_file_dir {data} --per_device_train_batch_size 4 --per_device_eval_batch_size 4
 --do_train --do_eval --use_peft True --seed 42 --max_train_samples 10000 --max_eval_samples 10 --num_train_epochs 0.5
---learning_rate 2e-4 --warmup_ratio 0.05 --weight_decay 0.01 --logging_strategy steps --logging_steps 10 --eval_steps 50
---evaluation_strategy steps --save_steps 500 --save_strategy steps --save_total_limit 3 --gradient_accumulation_steps 1
+--learning_rate 2e-4 --warmup_ratio 0.05 --weight_decay 0.01 --logging_strategy steps --logging_steps 10
+--eval_steps 50 --evaluation_strategy steps --save_steps 500 --save_strategy steps --save_total_limit 3
+--gradient_accumulation_steps 1
 --preprocessing_num_workers 1 --block_size 1024 --output_dir outputs-pt-v1 --overwrite_output_dir --ddp_timeout 30000
 --logging_first_step True --target_modules all --lora_rank 8 --lora_alpha 16 --lora_dropout 0.05 --torch_dtype float32
 --device_map auto --report_to tensorboard --ddp_find_unused_parameters False --gradient_checkpointing True"""

@@ -507,7 +507,7 @@ def test_the_first_start_makes_an_environment_and_runs_in_it(installed):
 
 def test_two_starts_at_once_install_once(installed):
     tree, written = installed
-    assert sorted("Successfully installed" in stderr for _, stderr in written) == [False, True]
+    assert sorted(".venv is complete" in stderr for _, stderr in written) == [False, True]
     assert not (tree / ".venv.lock").exists()
 
 

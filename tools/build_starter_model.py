@@ -2,8 +2,8 @@
 
     python -m tools.build_starter_model
 
-About three minutes on two CPU cores, once. It is deterministic, speaks in the manner of data/ and knows nothing else: a
-stand-in for a real base model, to try the stages on. Its stage.json is the first link of the chain.
+About three minutes on two CPU cores, once. It is deterministic, speaks in the manner of data/ and knows nothing else:
+a stand-in for a real base model, to try the stages on. Its stage.json is the first link of the chain.
 """
 
 import argparse
