@@ -9,7 +9,8 @@
 #                  several machines: how many, which one this is (0, 1, ...), where number 0 is reached (port 29500)
 #   DEEPSPEED      DeepSpeed configuration, e.g. scripts/zero2.json
 #   PRECISION      flags of the number format, e.g. "--bf16 True" (chosen by hardware)
-#   EPOCHS, LEARNING_RATE, LORA_RANK, LORA_ALPHA   (chosen by the size of the base)
+#   EPOCHS, LEARNING_RATE, BATCH_SIZE, ACCUMULATION, LORA_RANK, LORA_ALPHA, MODULES_TO_SAVE
+#                  (chosen by the stage and the size of the base)
 #   PYTHON         interpreter to use as it is (else the active environment if it meets requirements.txt, else .venv)
 #   DRY_RUN        1 prints the command, one argument a line, and neither installs nor builds nor runs anything
 
@@ -309,10 +310,23 @@ is_same() {
 # settle_model BASE WHY: set what follows from the size of the base, where the user did not, and tell the choice.
 settle_model() {
     case $1 in
-        starter | */starter) : "${LEARNING_RATE:=2e-3}" "${EPOCHS:=3}" "${LORA_RANK:=32}" "${LORA_ALPHA:=64}" ;;
-        *) : "${LEARNING_RATE:=2e-4}" "${LORA_RANK:=16}" "${LORA_ALPHA:=32}" ;;    # epochs: the wrapper's own
+        starter | */starter)    # it takes few rows at a time, and has not yet met the control tokens of a chat
+            SCALE=starter
+            : "${LORA_RANK:=32}" "${LORA_ALPHA:=64}" "${BATCH_SIZE:=2}" "${ACCUMULATION:=1}"
+            : "${MODULES_TO_SAVE=embed_tokens}"
+            ;;
+        *)
+            SCALE=real
+            : "${LORA_RANK:=16}" "${LORA_ALPHA:=32}" "${BATCH_SIZE:=4}" "${ACCUMULATION:=4}"
+            : "${MODULES_TO_SAVE=}"
+            ;;
     esac
     say "model: $MODEL ($2)"
+}
+
+# by_scale STARTER REAL: print the value that suits the size of the base; each wrapper knows its stage's two.
+by_scale() {
+    if [ "$SCALE" = starter ]; then echo "$1"; else echo "$2"; fi
 }
 
 build_starter() {

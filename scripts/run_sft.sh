@@ -16,10 +16,10 @@ launch supervised_finetuning.py \
     --do_train \
     --do_eval \
     --max_length 1024 \
-    --num_train_epochs "${EPOCHS:-2}" \
-    --per_device_train_batch_size 4 \
-    --gradient_accumulation_steps 4 \
-    --learning_rate "$LEARNING_RATE" \
+    --num_train_epochs "${EPOCHS:-$(by_scale 6 2)}" \
+    --per_device_train_batch_size "$BATCH_SIZE" \
+    --gradient_accumulation_steps "$ACCUMULATION" \
+    --learning_rate "${LEARNING_RATE:-$(by_scale 5e-3 2e-4)}" \
     --warmup_steps 0.05 \
     --lr_scheduler_type cosine \
     --logging_steps 5 \
@@ -33,6 +33,7 @@ launch supervised_finetuning.py \
     --lora_rank "$LORA_RANK" \
     --lora_alpha "$LORA_ALPHA" \
     --lora_dropout 0.05 \
+    ${MODULES_TO_SAVE:+--modules_to_save "$MODULES_TO_SAVE"} \
     --activation_checkpointing "$ACTIVATION_CHECKPOINTING" \
     $PRECISION \
     ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} \

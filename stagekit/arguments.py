@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
@@ -393,8 +393,13 @@ def parse_args(*dataclass_types: type, description: str | None = None, args: lis
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(unknown_flag_message(unknown, known))
+    given = {token.partition("=")[0].removeprefix("--") for token in argv if token.startswith("--")}
     argv += prepare_devices(argv, namespace)
-    return parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    parsed = parser.parse_args_into_dataclasses(args=argv, look_for_args_file=False)
+    for item in parsed:  # stage.json stores what the user chose, not what the libraries made of it
+        names = {each.name for each in fields(item)}
+        item.given = sorted(name for name in names if name in given or f"no_{name}" in given)
+    return parsed
 
 
 def prepare_devices(argv: list[str], namespace) -> list[str]:

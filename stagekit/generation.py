@@ -252,9 +252,8 @@ def generate_batch(loaded: LoadedModel, prompts: list[list[int]], settings: Sett
         settings: what choose_settings returned.
     """
     longest = max(map(len, prompts))
-    # A row is padded with its own first token: masked, so its value is seen by nothing but the repetition penalty,
-    # which a foreign padding token would change (EOS, where a tokenizer has no other, would hardly be generated).
-    padded = [ids[:1] * (longest - len(ids)) + ids for ids in prompts]
+    pad = loaded.chat.tokenizer.pad_token_id  # on the left: masked, and left out of positions and repetition penalty
+    padded = [[pad] * (longest - len(ids)) + ids for ids in prompts]
     mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
     output = loaded.model.generate(
         input_ids=torch.tensor(padded, device=loaded.model.device),  # (batch, longest)

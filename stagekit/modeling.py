@@ -294,6 +294,10 @@ def add_adapter(model, source: Source, lora_args, training_args):
     if source.adapter:
         model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
         lora = model.peft_config["default"]
+        kept = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
+        other = [f"{name} {value:g}" for name, value in kept.items() if getattr(lora_args, name) != value]
+        if other:
+            logger.info("the adapter of %s goes on as it is: %s", source.adapter, ", ".join(other))
         return model, _tuning(lora, model_quantised=quantised, continued=True)
     try:
         model = get_peft_model(model, lora_config(model, lora_args))
@@ -357,12 +361,17 @@ def prepare_for_training(model, training_args) -> None:
 
 
 def generation_settings(model, chat_stop_ids: list[int], tokenizer) -> GenerationConfig:
-    """The generation config a checkpoint carries: greedy-compatible defaults, every stop token, the padding token."""
+    """The generation config a checkpoint carries: every stop token, the padding token, and sampling near the mode.
+
+    A low temperature, for an answer about somebody's health should not change with every try.
+    """
     return GenerationConfig(
         eos_token_id=chat_stop_ids,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        do_sample=False,
+        do_sample=True,
+        temperature=0.3,
+        top_p=0.9,
         max_new_tokens=512,
     )
 

@@ -116,7 +116,7 @@ def start_run(stage: str, model_args, lora_args, run_args, training_args, *other
     transformers_logging.set_verbosity_warning()
     arguments = {}
     for args in (model_args, lora_args, run_args, training_args, *other_args):
-        arguments.update(changed_arguments(args))
+        arguments.update(given_arguments(args))
     outcome = checks.Checks.from_flag(run_args.skip_checks)
     name, hub = model_args.model_name_or_path, getattr(model_args, "model_hub", "huggingface")
     if hub == "modelscope" and not os.path.isdir(name):
@@ -141,17 +141,11 @@ def main_process_first(training_args):
         yield
 
 
-def changed_arguments(args) -> dict:
-    """{flag: value} of a dataclass where the value is not the default."""
-    changed = {}
-    for item in dataclasses.fields(args):
-        value = getattr(args, item.name)
-        default = item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-        if value != default and item.init and "token" not in item.name:
-            changed[item.name] = (
-                value if isinstance(value, (int, float, str, bool, list, dict, type(None))) else str(value)
-            )
-    return changed
+def given_arguments(args) -> dict:
+    """{flag: value} of what was given on the command line, for stage.json; secrets are left out."""
+    plain = (int, float, str, bool, list, dict, type(None))
+    values = {name: getattr(args, name) for name in args.given if "token" not in name or "tokenizer" in name}
+    return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
 
 
 def load_data(run: Run, data_args, accept, encode, tokenizer, block_size: int, packing: bool):
@@ -288,7 +282,7 @@ def _nll(logits, targets):
 
 
 class StageTrainer(Trainer):
-    """Trainer with an exact mean loss over tokens, checkpoints that are whole or absent, and proof on the first step."""
+    """Trainer with an exact mean loss over tokens, checkpoints whole or absent, and proof on the first step."""
 
     def __init__(self, run: Run, *args, **kwargs):
         super().__init__(*args, compute_metrics=_language_metrics, **kwargs)

@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 
-from stagekit import checkpoint
 from stagekit.checkpoint import (
+    Source,
     base_fingerprint,
+    check_output_dir,
     file_sha256,
     find_checkpoint,
     list_checkpoints,
@@ -364,18 +365,40 @@ def test_a_finished_run_is_moved_aside(outputs, caplog):
         make_stage(outputs / "sft", outputs / "base")
 
 
+def tree(directory):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(directory.rglob("*"))}
+
+
+def test_looking_at_a_directory_changes_nothing(outputs, tmp_path):
+    before = tree(tmp_path)
+    for overwrite in (False, True):
+        check_output_dir(outputs / "sft", overwrite, False, resolve(str(outputs / "pt")))
+        check_output_dir(tmp_path / "new" / "run", overwrite, False, resolve(str(outputs / "pt")))
+    assert tree(tmp_path) == before
+
+
 def test_an_interrupted_run_is_neither_lost_nor_mixed_up(tmp_path):
     make_checkpoint(tmp_path / "run", 40)
-    before = sorted(tmp_path.rglob("*"))
+    before, source = tree(tmp_path), Source("base")
     with pytest.raises(ValueError) as refusal:
-        prepare_output_dir(tmp_path / "run", overwrite=False, resume=False)
+        check_output_dir(tmp_path / "run", False, False, source)
     assert "holds checkpoint-40 of an interrupted run" in str(refusal.value)
     assert "--resume_from_checkpoint True" in str(refusal.value) and "--overwrite_output_dir" in str(refusal.value)
-    prepare_output_dir(tmp_path / "run", overwrite=False, resume=True)
-    prepare_output_dir(
-        tmp_path / "run", overwrite=True, resume=True
-    )  # resuming wins: nothing to resume from otherwise
-    assert sorted(tmp_path.rglob("*")) == before
+    for overwrite in (False, True):  # resuming wins: otherwise there would be nothing to resume from
+        check_output_dir(tmp_path / "run", overwrite, True, source)
+        prepare_output_dir(tmp_path / "run", overwrite, True)
+    assert tree(tmp_path) == before
+    check_output_dir(tmp_path / "run", True, False, source)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_does_not_write_where_it_starts_from(outputs, overwrite):
+    make_stage(outputs / "full", outputs / "base", full=True)
+    for name in ("sft", "full"):
+        with pytest.raises(ValueError, match=f"--output_dir .*{name} is what the run starts from"):
+            check_output_dir(outputs / name, overwrite, False, resolve(str(outputs / name)))
+        with pytest.raises(ValueError, match="is what the run starts from"):
+            check_output_dir(outputs / "pt" / ".." / name, overwrite, False, resolve(str(outputs / name)))
 
 
 def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(outputs):
@@ -403,15 +426,14 @@ def test_a_checkpoint_that_was_being_written_is_removed(tmp_path, caplog):
     assert "is removed: a checkpoint that was being written" in caplog.text
 
 
-def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--output_dir .*run is a file"):
-        prepare_output_dir(write(tmp_path / "run"), overwrite=True, resume=False)
+@pytest.mark.parametrize("below", ["run", "run/sft"])
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path, below):
+    write(tmp_path / "run")
+    with pytest.raises(ValueError, match="--output_dir .* cannot be written .*run is no directory"):
+        check_output_dir(tmp_path / below, True, False, Source("base"))
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    def touch(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(checkpoint.Path, "touch", touch)
-    with pytest.raises(ValueError, match="cannot be written .Permission denied."):
-        prepare_output_dir(tmp_path / "run", overwrite=False, resume=False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # whoever runs the tests may be root
+    with pytest.raises(ValueError, match="cannot be written .*read-only"):
+        check_output_dir(tmp_path / "run", False, False, Source("base"))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,19 @@ def outputs(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def endless(tmp_path_factory):
+    """A model that greedily never chooses a stop token."""
+    from transformers import AutoModelForCausalLM
+
+    directory = build_model(tmp_path_factory.mktemp("endless") / "model")
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:4] = 0  # the special tokens; the head shares the matrix
+    model.save_pretrained(directory)
+    return directory
+
+
 def load(base_model=None, lora_model=None, template_name=None, tokenizer_path=None, **options):
     source = generation.find_source(base_model and str(base_model), lora_model and str(lora_model))
     chat = generation.load_chat(source, tokenizer_path, template_name)
@@ -139,13 +153,17 @@ def test_greedy_answers_of_a_batch_are_those_of_a_loop_written_out(architecture,
     assert len({answer.text for answer in answers}) > 1
 
 
-def test_padding_is_not_seen_by_the_repetition_penalty_when_pad_is_the_end_token(outputs):
-    loaded = load(outputs / "base")
-    loaded.chat.tokenizer.pad_token = loaded.chat.tokenizer.eos_token
-    prompts = [encode_prompt(loaded.chat, [said("user", text)]) for text in ("a", "What is a fever? " * 9)]
-    settings = greedy(loaded, max_new_tokens=20, repetition_penalty=2.0)
+def test_padding_is_not_seen_by_the_repetition_penalty(outputs):
+    loaded = load(lora_model=outputs / "sft")
+    prompts = [encode_prompt(loaded.chat, messages[:-1]) for messages in TAUGHT]
+    settings = greedy(loaded, max_new_tokens=4, repetition_penalty=50.0)
     alone = [generate_batch(loaded, [ids], settings)[0] for ids in prompts]
-    assert generate_batch(loaded, prompts, settings) == alone
+    rest = loaded.chat.tokenizer(TAUGHT[0][-1]["content"])["input_ids"][0]
+    assert alone[0].text.startswith(loaded.chat.tokenizer.decode([rest]))
+    loaded.chat.tokenizer.pad_token_id = rest  # as if the padding token were one that belongs into the answer
+    (first, *_) = generate_batch(loaded, prompts, settings)
+    assert first.num_tokens == alone[0].num_tokens
+    assert first == generate_batch(loaded, prompts[:1], settings)[0]
 
 
 def test_the_length_limit_is_reported_and_kept(sft):
@@ -163,6 +181,7 @@ def test_every_stop_token_of_the_generation_config_ends_an_answer(outputs, tmp_p
     loaded = load(base, sft)
     (answer,) = generate_batch(loaded, [encode_prompt(chat, [COLD])], greedy(loaded))
     assert (answer.text, answer.finish_reason) == ("多休息", "stop")
+    assert [step.text for step in stream(loaded, encode_prompt(chat, [COLD]), greedy(loaded))] == ["多休息"] * 2
 
 
 def test_sampling_follows_the_temperature(outputs):
@@ -207,14 +226,38 @@ def test_a_stream_of_broken_bytes_ends_like_the_batch(outputs):
     assert broken
 
 
-def test_closing_a_stream_stops_the_model(outputs):
-    loaded = load(outputs / "base")
-    threads = threading.active_count()
+def test_closing_a_stream_stops_the_model(endless):
+    loaded = load(endless)
+    others = set(threading.enumerate())
     answers = stream(loaded, encode_prompt(loaded.chat, [COLD]), greedy(loaded, max_new_tokens=1900))
-    next(answers)
-    assert threading.active_count() == threads + 1
+    assert next(answers).finish_reason is None
+    (worker,) = set(threading.enumerate()) - others
     answers.close()
-    assert threading.active_count() == threads
+    assert not worker.is_alive()
+
+
+def test_blanks_between_words_survive_a_tokenizer_that_drops_the_first():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["▁Drink", "▁warm", "▁water", "<0xE6>", "<0xB0>", "<0xB4>", ".", "</s>"]  # as in Llama 2
+    bpe = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", pad_token="</s>")
+
+    class Model:
+        device = "cpu"
+
+        def generate(self, input_ids, streamer, **options):
+            streamer.put(input_ids)
+            for token in range(8):
+                streamer.put(torch.tensor([token]))
+
+    chat = SimpleNamespace(tokenizer=tokenizer)
+    loaded = generation.LoadedModel(Model(), chat, None, None, [7], generation.GenerationConfig())
+    texts = [answer.text for answer in stream(loaded, [0], greedy(loaded))]
+    assert texts == ["Drink", "Drink warm", "Drink warm water", "Drink warm water水"] + ["Drink warm water水."] * 2
 
 
 def test_what_goes_wrong_while_streaming_is_raised_to_the_reader(outputs):
@@ -301,7 +344,7 @@ def test_a_base_that_is_gone_is_named_with_the_way_out(outputs, tmp_path):
     (alone / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/nowhere/base"}))
     with pytest.raises(FileNotFoundError, match="/nowhere/base.*--base_model"):
         load(lora_model=alone)
-    assert first_answer(load(outputs / "base", outputs / "sft")) == "多休息，多喝温水。"
+    assert first_answer(load(outputs / "base", alone)) == "多休息，多喝温水。"
 
 
 def test_an_adapter_on_another_base_is_refused(outputs, tmp_path):

@@ -14,25 +14,12 @@ import time
 import pytest
 import torch
 from conftest import ROOT, build_model, run_script, write_jsonl
-from test_generation import COLD, FEVER, TAUGHT, outputs, said  # noqa: F401 (outputs is a fixture)
+from test_generation import COLD, FEVER, TAUGHT, endless, outputs, said  # noqa: F401 (two are fixtures)
 
 import inference
 from stagekit import generation
 
 REST = TAUGHT[0][-1]["content"]
-
-
-@pytest.fixture(scope="session")
-def endless(tmp_path_factory):
-    """A model that greedily never chooses a stop token."""
-    from transformers import AutoModelForCausalLM
-
-    directory = build_model(tmp_path_factory.mktemp("endless") / "model")
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[:4] = 0  # the special tokens; the head shares the matrix
-    model.save_pretrained(directory)
-    return directory
 
 
 def predict(tmp_path, *flags, name="out.jsonl"):
@@ -198,7 +185,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(status[1])
 
 
-def test_ctrl_c_stops_the_answer_and_at_the_prompt_says_how_to_leave(endless):
+def test_ctrl_c_stops_the_answer_and_at_the_prompt_says_how_to_leave(endless):  # noqa: F811
     flags = ["--base_model", str(endless), "--interactive", "--temperature", "0", "--max_new_tokens", "1900"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "dumb"}
     terminal = Terminal([sys.executable, str(ROOT / "inference.py"), *flags], environment)
@@ -422,7 +409,7 @@ def test_answers_stand_in_the_order_of_the_questions_with_their_references(outpu
     assert sorted(item.name for item in tmp_path.iterdir()) == ["out.jsonl", "q.jsonl"]
 
 
-def test_the_batch_size_changes_no_answer(endless, tmp_path):
+def test_the_batch_size_changes_no_answer(endless, tmp_path):  # noqa: F811
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "fever " * number + "发烧"} for number in range(1, 7)])
     flags = ["--base_model", endless, "--data_file", path, "--max_new_tokens", 24]
     one = predict(tmp_path, *flags, "--batch_size", 1)
@@ -430,7 +417,7 @@ def test_the_batch_size_changes_no_answer(endless, tmp_path):
     assert {row["finish_reason"] for row in one} == {"length"} and {row["new_tokens"] for row in one} == {24}
 
 
-def test_the_longest_questions_are_asked_first(endless, tmp_path, monkeypatch):
+def test_the_longest_questions_are_asked_first(endless, tmp_path, monkeypatch):  # noqa: F811
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "fever " * number} for number in (1, 30, 4, 20, 2)])
     real, lengths = generation.generate_batch, []
 
@@ -459,7 +446,7 @@ def test_a_prompt_that_does_not_fit_is_not_asked_and_a_long_history_is_shortened
 # -- interruptions ---------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_continues_where_it_stood(endless, tmp_path):
+def test_a_killed_run_continues_where_it_stood(endless, tmp_path):  # noqa: F811
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": f"fever {number}"} for number in range(6)])
     output = tmp_path / "deep" / "out.jsonl"
     partial = output.with_name("out.jsonl.partial")
@@ -485,7 +472,22 @@ def test_a_killed_run_continues_where_it_stood(endless, tmp_path):
     assert [row for row in rows if row["prediction"] != "KEPT"] == [r for r in again if r["index"] != done["index"]]
 
 
-def test_what_is_answered_stands_in_the_partial_at_once(endless, tmp_path, monkeypatch):
+def test_a_torn_line_is_cut_off_before_the_journal_goes_on(tmp_path):
+    header, rows = {"model": "m"}, [{"index": 0}, {"index": 1}]
+    journal = inference.Journal(tmp_path / "p", header)
+    journal.add(rows[0])
+    whole = (tmp_path / "p").read_bytes()
+    for torn in (b'{"index": 1, "predic', b"\x00\x00\x00\n", b'{"index": 1}'):
+        (tmp_path / "p").write_bytes(whole + torn)
+        journal = inference.Journal(tmp_path / "p", header)
+        assert journal.rows == {0: rows[0]}
+        journal.add(rows[1])
+        assert read(tmp_path / "p") == [header, *rows]
+    (tmp_path / "p").write_bytes(whole[:5])
+    assert inference.Journal(tmp_path / "p", header).rows == {} and read(tmp_path / "p") == [header]
+
+
+def test_what_is_answered_stands_in_the_partial_at_once(endless, tmp_path, monkeypatch):  # noqa: F811
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": f"fever {number}"} for number in range(4)])
     flags = ["--base_model", endless, "--data_file", path, "--max_new_tokens", 8, "--batch_size", 2]
     whole = predict(tmp_path, *flags, name="whole.jsonl")

@@ -19,12 +19,13 @@ STAGES = [path for path in SCRIPTS if "\nlaunch " in path.read_text(encoding="ut
 SHELLS = [shell for shell in ("sh", "dash", "bash") if shutil.which(shell)]
 # What env.sh reads and must not come from whoever runs the tests.
 READ = (
-    "BASE_MODEL CUDA_VISIBLE_DEVICES DEEPSPEED DRY_RUN EPOCHS LEARNING_RATE LORA_ALPHA LORA_RANK MASTER_ADDR "
-    "MASTER_PORT NNODES NODE_RANK NPROC OMP_NUM_THREADS OUTPUT_ROOT PRECISION PYTHON"
+    "ACCUMULATION BASE_MODEL BATCH_SIZE CUDA_VISIBLE_DEVICES DEEPSPEED DRY_RUN EPOCHS LEARNING_RATE LORA_ALPHA "
+    "LORA_RANK MASTER_ADDR MASTER_PORT MODULES_TO_SAVE NNODES NODE_RANK NPROC OMP_NUM_THREADS OUTPUT_ROOT PRECISION "
+    "PYTHON"
 ).split()
 SHAPE = re.compile(
     r"#!/bin/sh\n(# .*\n)+set -eu\ncd \"\$\(dirname \"\$0\"\)/\.\.\"\n\. scripts/env\.sh\n\n"
-    r"choose_(base|parent \w+)\nlaunch \w+\.py \\\n(    --\w+( \S+)? \\\n)+    \$PRECISION \\\n"
+    r"choose_(base|parent \w+)\nlaunch \w+\.py \\\n((    --\w+|    \$\{\w+:\+--\w+)( .+)? \\\n)+    \$PRECISION \\\n"
     r"    \$\{DEEPSPEED:\+--deepspeed \"\$DEEPSPEED\"\} \\\n    \"\$@\"\n"
 )
 
@@ -350,18 +351,23 @@ def test_the_size_of_the_base_sets_the_scale_and_the_user_wins(wrapper, command,
     write_stage(tmp_path / "outputs/starter", ".")
     write_stage(tmp_path / "outputs/mine", "../starter")
     write_stage(tmp_path / "outputs/other", "a/b")
+    small = {"run_pt.sh": ["1e-3", "1"], "run_sft.sh": ["5e-3", "6"]}[wrapper.name]
+    large = {"run_pt.sh": ["2e-4", "1"], "run_sft.sh": ["2e-4", "2"]}[wrapper.name]
+    flags = ("learning_rate", "num_train_epochs", "lora_rank", "lora_alpha", "per_device_train_batch_size")
     for base, scale in (
-        ("starter", ["2e-3", "32", "64"]),
-        (f"{tmp_path}/outputs/starter/", ["2e-3", "32", "64"]),
-        (f"{tmp_path}/outputs/mine", ["2e-3", "32", "64"]),
-        (f"{tmp_path}/outputs/other", ["2e-4", "16", "32"]),
-        ("a/b", ["2e-4", "16", "32"]),
+        ("starter", [*small, "32", "64", "2"]),
+        (f"{tmp_path}/outputs/starter/", [*small, "32", "64", "2"]),
+        (f"{tmp_path}/outputs/mine", [*small, "32", "64", "2"]),
+        (f"{tmp_path}/outputs/other", [*large, "16", "32", "4"]),
+        ("a/b", [*large, "16", "32", "4"]),
     ):
         arguments = command(wrapper, BASE_MODEL=base)[2]
-        assert [value(arguments, flag) for flag in ("learning_rate", "lora_rank", "lora_alpha")] == scale
-    arguments = command(wrapper, EPOCHS="9", LEARNING_RATE="1e-9", LORA_RANK="1", LORA_ALPHA="2")[2]
-    flags = ("num_train_epochs", "learning_rate", "lora_rank", "lora_alpha")
-    assert [value(arguments, flag) for flag in flags] == ["9", "1e-9", "1", "2"]
+        assert [value(arguments, flag) for flag in flags] == scale
+        assert ("--modules_to_save" in arguments) == (scale[2] == "32")
+    chosen = {"LEARNING_RATE": "1e-9", "EPOCHS": "9", "LORA_RANK": "1", "LORA_ALPHA": "2", "BATCH_SIZE": "3"}
+    arguments = command(wrapper, ACCUMULATION="7", MODULES_TO_SAVE="lm_head", **chosen)[2]
+    assert [value(arguments, flag) for flag in flags] == list(chosen.values())
+    assert value(arguments, "gradient_accumulation_steps") == "7" and value(arguments, "modules_to_save") == "lm_head"
 
 
 @pytest.mark.parametrize("wanted", [None, "starter", "{outputs}/starter", "{outputs}/pt", "{outputs}/../link"])
@@ -374,7 +380,7 @@ def test_sft_continues_the_pretraining_it_finds(start, tmp_path, wanted):
     result = start(ROOT / "scripts/run_sft.sh", DRY_RUN="1", BASE_MODEL=base)
     arguments = result.stdout.splitlines()
     assert value(arguments, "model_name_or_path") == str(pretrained)
-    assert value(arguments, "learning_rate") == "2e-3"
+    assert value(arguments, "learning_rate") == "5e-3"
     assert f"model: {pretrained} (continues " in result.stderr
 
 

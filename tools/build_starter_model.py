@@ -9,6 +9,7 @@ a stand-in for a real base model, to try the stages on. Its stage.json is the fi
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,8 +116,12 @@ def build_model(tokenizer, hidden_size: int, num_layers: int, seed: int):
 def main():
     args, more = build_parser().parse_known_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    sys.path.insert(0, str(ROOT))
-    data_dir = Path(args.data_dir)
+    data_dir, output_dir = Path(args.data_dir), Path(args.output_dir)
+    building = output_dir.with_name(output_dir.name + ".building")
+    if (output_dir / "stage.json").is_file():
+        print(f"{output_dir} is there already; remove it to build it anew", file=sys.stderr)
+        return
+    shutil.rmtree(building, ignore_errors=True)  # of an attempt that was interrupted
     with tempfile.TemporaryDirectory(prefix="starter-") as temporary:
         print("starter model: training its tokenizer …", file=sys.stderr)
         tokenizer = build_tokenizer(corpus(data_dir), args.vocab_size)
@@ -128,21 +133,22 @@ def main():
         flags = {
             "model_name_or_path": temporary,
             "train_file_dir": str(data_dir / "pretrain"),
-            "output_dir": args.output_dir,
+            "output_dir": building,
             "do_train": True,
             "do_eval": True,
             "use_peft": False,
-            "block_size": 256,
-            "per_device_train_batch_size": 8,
-            "num_train_epochs": 12,
+            "block_size": 512,
+            "per_device_train_batch_size": 2,
+            "num_train_epochs": 8,
             "learning_rate": 2e-3,
+            "adam_beta2": 0.95,
             "warmup_steps": 0.05,
             "lr_scheduler_type": "cosine",
             "weight_decay": 0.05,
             "logging_steps": 20,
             "save_strategy": "no",
+            "use_cpu": True,  # the same weights everywhere; on several GPUs one process would split each batch
             "seed": args.seed,
-            "overwrite_output_dir": True,
         }
         command = [sys.executable, str(ROOT / "pretraining.py")]
         for name, value in flags.items():
@@ -151,9 +157,10 @@ def main():
             key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         }
         result = subprocess.run([*command, *more], env=environment, check=False)
-    if result.returncode == 0:
-        forget_origin(Path(args.output_dir))
-    raise SystemExit(result.returncode)
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    forget_origin(building)
+    building.rename(output_dir)  # last: a directory of that name is a finished model
 
 
 def forget_origin(directory: Path) -> None:
