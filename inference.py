@@ -128,12 +128,10 @@ def main(args: argparse.Namespace) -> None:
     prompts = None if args.interactive else read_prompts(args.data_file, args.system_prompt)
     if args.only_cpu or args.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = "" if args.only_cpu else args.gpus
-    import torch  # reads CUDA_VISIBLE_DEVICES, once
+    from stagekit import generation  # with torch, which reads CUDA_VISIBLE_DEVICES once
 
-    from stagekit import generation
-
-    if args.gpus and torch.cuda.device_count() < args.gpus.count(",") + 1:
-        raise ValueError(f"--gpus {args.gpus}: {torch.cuda.device_count()} of these GPUs can be used here")
+    if args.gpus and generation.num_gpus() < args.gpus.count(",") + 1:
+        raise ValueError(f"--gpus {args.gpus}: {generation.num_gpus()} of these GPUs can be used here")
     source = generation.find_source(args.base_model, args.lora_model)
     chat = generation.load_chat(source, args.tokenizer_path, args.template_name)
     journal = None if args.interactive else open_journal(args, source, chat, prompts)

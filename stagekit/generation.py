@@ -75,6 +75,11 @@ class Answer:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
+def num_gpus() -> int:
+    """How many GPUs CUDA_VISIBLE_DEVICES leaves."""
+    return torch.cuda.device_count()
+
+
 def find_source(base_model: str | None, lora_model: str | None) -> Source:
     """Find the base, adapter and tokenizer that --base_model and --lora_model name; either of them is enough.
 
