@@ -15,10 +15,10 @@ launch pretraining.py \
     --do_train \
     --do_eval \
     --block_size 512 \
-    --num_train_epochs "${EPOCHS:-$(by_scale 1 1)}" \
+    --num_train_epochs "${EPOCHS:-$(by_scale 5 1)}" \
     --per_device_train_batch_size "$BATCH_SIZE" \
     --gradient_accumulation_steps "$ACCUMULATION" \
-    --learning_rate "${LEARNING_RATE:-$(by_scale 1e-3 2e-4)}" \
+    --learning_rate "${LEARNING_RATE:-$(by_scale 3e-3 2e-4)}" \
     --warmup_steps 0.05 \
     --lr_scheduler_type cosine \
     --logging_steps 5 \

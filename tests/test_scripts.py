@@ -351,7 +351,7 @@ def test_the_size_of_the_base_sets_the_scale_and_the_user_wins(wrapper, command,
     write_stage(tmp_path / "outputs/starter", ".")
     write_stage(tmp_path / "outputs/mine", "../starter")
     write_stage(tmp_path / "outputs/other", "a/b")
-    small = {"run_pt.sh": ["1e-3", "1"], "run_sft.sh": ["5e-3", "6"]}[wrapper.name]
+    small = {"run_pt.sh": ["3e-3", "5"], "run_sft.sh": ["5e-3", "6"]}[wrapper.name]
     large = {"run_pt.sh": ["2e-4", "1"], "run_sft.sh": ["2e-4", "2"]}[wrapper.name]
     flags = ("learning_rate", "num_train_epochs", "lora_rank", "lora_alpha", "per_device_train_batch_size")
     for base, scale in (
