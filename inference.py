@@ -83,7 +83,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_new_tokens", type=int, help="longest answer in tokens, 512 or half of the model's context"
     )
     tokens.add_argument(
-        "--temperature", type=float, help="0 takes the likeliest token; --data_file: 0, --interactive: 0.7"
+        "--temperature",
+        type=float,
+        help="0 takes the likeliest token; --data_file: 0, --interactive: the checkpoint's, else 0.7",
     )
     tokens.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability: 0.9")
     tokens.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that were used before: 1.0")

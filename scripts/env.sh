@@ -312,7 +312,7 @@ settle_model() {
     case $1 in
         starter | */starter)    # it takes few rows at a time, and has not yet met the control tokens of a chat
             SCALE=starter
-            : "${LORA_RANK:=32}" "${LORA_ALPHA:=64}" "${BATCH_SIZE:=2}" "${ACCUMULATION:=1}"
+            : "${LORA_RANK:=32}" "${LORA_ALPHA:=64}" "${BATCH_SIZE:=4}" "${ACCUMULATION:=1}"
             : "${MODULES_TO_SAVE=embed_tokens}"
             ;;
         *)

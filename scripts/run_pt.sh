@@ -14,7 +14,7 @@ launch pretraining.py \
     --output_dir "$OUTPUT_ROOT/pt" \
     --do_train \
     --do_eval \
-    --block_size 512 \
+    --block_size "$(by_scale 512 1024)" \
     --num_train_epochs "${EPOCHS:-$(by_scale 5 1)}" \
     --per_device_train_batch_size "$BATCH_SIZE" \
     --gradient_accumulation_steps "$ACCUMULATION" \
@@ -23,9 +23,9 @@ launch pretraining.py \
     --lr_scheduler_type cosine \
     --logging_steps 5 \
     --eval_strategy steps \
-    --eval_steps 50 \
+    --eval_steps 100 \
     --save_strategy steps \
-    --save_steps 50 \
+    --save_steps 100 \
     --save_total_limit 2 \
     --use_peft True \
     --target_modules all \

@@ -15,18 +15,18 @@ launch supervised_finetuning.py \
     --output_dir "$OUTPUT_ROOT/sft" \
     --do_train \
     --do_eval \
-    --max_length 1024 \
-    --num_train_epochs "${EPOCHS:-$(by_scale 6 2)}" \
+    --max_length "$(by_scale 512 1024)" \
+    --num_train_epochs "${EPOCHS:-$(by_scale 8 2)}" \
     --per_device_train_batch_size "$BATCH_SIZE" \
     --gradient_accumulation_steps "$ACCUMULATION" \
-    --learning_rate "${LEARNING_RATE:-$(by_scale 5e-3 2e-4)}" \
+    --learning_rate "${LEARNING_RATE:-$(by_scale 4e-3 2e-4)}" \
     --warmup_steps 0.05 \
     --lr_scheduler_type cosine \
     --logging_steps 5 \
     --eval_strategy steps \
-    --eval_steps 50 \
+    --eval_steps 100 \
     --save_strategy steps \
-    --save_steps 50 \
+    --save_steps 100 \
     --save_total_limit 2 \
     --use_peft True \
     --target_modules all \

@@ -174,7 +174,7 @@ def choose_pad_token(tokenizer) -> None:
     logger.info("padding token: %r", choice)
 
 
-def model_class(config, trust_remote_code: bool = False):
+def model_class(config):
     """The class AutoModelForCausalLM would build for a configuration, or None for remote code."""
     return AutoModelForCausalLM._model_mapping.get(type(config), None)
 
@@ -360,13 +360,13 @@ def prepare_for_training(model, training_args) -> None:
         raise ValueError("no parameter of this model takes gradients, so nothing would be trained (a frozen adapter?)")
 
 
-def generation_settings(model, chat_stop_ids: list[int], tokenizer) -> GenerationConfig:
+def generation_settings(stop_ids: list[int], tokenizer) -> GenerationConfig:
     """The generation config a checkpoint carries: every stop token, the padding token, and sampling near the mode.
 
     A low temperature, for an answer about somebody's health should not change with every try.
     """
     return GenerationConfig(
-        eos_token_id=chat_stop_ids,
+        eos_token_id=stop_ids,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         do_sample=True,

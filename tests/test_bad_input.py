@@ -207,11 +207,15 @@ BAD_FLAGS = {
         "--skip_checks 'leaks' is not a check; known: leakage, ",
     ),
     "unknown data format": (make_nothing, ["--data_format", "csv"], "--data_format 'csv' is unknown; known: auto, "),
-    "output is a file": (make_file, ["--output_dir", "file"], "--output_dir file is a file"),
+    "output is a file": (
+        make_file,
+        ["--output_dir", "file"],
+        "--output_dir file cannot be written (file is no directory",
+    ),
     "output below a file": (
         make_file,
         ["--output_dir", "file/out"],
-        "--output_dir file/out cannot be written (Not a dir",
+        "--output_dir file/out cannot be written (",
     ),
     "output of an interrupted run": (
         *(make_interrupted_run, []),

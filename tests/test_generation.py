@@ -60,7 +60,7 @@ def write_sft_stage(base, directory, steps=300):
             break
     model.save_pretrained(directory)
     chat.tokenizer.save_pretrained(directory)
-    generation_settings(model, chat.stop_ids, chat.tokenizer).save_pretrained(directory)
+    generation_settings(chat.stop_ids, chat.tokenizer).save_pretrained(directory)
     base_model = {
         "name_or_path": relative(str(base), directory),
         "revision": None,

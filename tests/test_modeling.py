@@ -137,8 +137,8 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 def test_generation_stops_at_every_stop_token():
     tokenizer = build_tokenizer()
-    config = generation_settings(None, [2, 0], tokenizer)
-    assert (config.eos_token_id, config.pad_token_id, config.do_sample) == ([2, 0], 3, False)
+    config = generation_settings([2, 0], tokenizer)
+    assert (config.eos_token_id, config.pad_token_id, config.do_sample) == ([2, 0], 3, True)
 
 
 # -- models that are not there ---------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ def main():
             "use_peft": False,
             "block_size": 512,
             "per_device_train_batch_size": 2,
-            "num_train_epochs": 8,
+            "num_train_epochs": 10,
             "learning_rate": 2e-3,
             "adam_beta2": 0.95,
             "warmup_steps": 0.05,
