@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, log_of, run_script, stage_of, write_jsonl
 from transformers import AutoTokenizer
 
+from stagekit.arguments import free_port
+
 # The command that users of this layout bring along, word for word but for the model and the data.
 OLD_COMMAND = """pretraining.py --model_type bloom --model_name_or_path {model} --train_file_dir
 {data} --validation_file_dir {data} --per_device_train_batch_size 4 --per_device_eval_batch_size 4
@@ -107,11 +109,16 @@ def test_a_command_of_earlier_years_runs(request, texts, tmp_path, architecture)
         "--nproc_per_node",
         "1",
         "--master_port",
-        "0",
+        str(free_port()),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     result = subprocess.run(
-        [*command, str(ROOT / flags[0]), *flags[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*command, str(ROOT / flags[0]), *flags[1:]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     for flag in ("evaluation_strategy", "warmup_ratio", "overwrite_output_dir", "model_type", "device_map"):
