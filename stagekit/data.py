@@ -284,6 +284,15 @@ def load_rows(files: list[Path], accept, data_args) -> tuple[list[Row], Ledger, 
     return rows, ledger, rejected
 
 
+def write_rejected(rejected: list[dict], output_dir: str | Path) -> None:
+    """Write the rows that were left out to rejected_rows.jsonl, each with its origin and what was wrong."""
+    if rejected:
+        path = Path(output_dir, REJECTED_ROWS)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half of a surrogate pair is no UTF-8
+        logger.warning("%d unreadable rows were written to %s", len(rejected), path)
+
+
 def load_splits(data_args, accept, seed: int) -> Splits:
     """Read training and held-out rows; hold a seeded share out where no validation data was given.
 

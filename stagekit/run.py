@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
@@ -421,11 +420,7 @@ def finish_run(trainer: StageTrainer, run: Run, tokenizer) -> None:
         logger.info("resumes from %s", run.resume)
     if trainer.is_world_process_zero():
         prepare_output_dir(args.output_dir, run.overwrite, bool(run.resume))
-        if run.rejected:
-            path = Path(args.output_dir, data.REJECTED_ROWS)
-            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in run.rejected)
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
-            logger.warning("%d unreadable rows were written to %s", len(run.rejected), path)
+        data.write_rejected(run.rejected, args.output_dir)
     trainer.accelerator.wait_for_everyone()
     args.eval_on_start = args.do_eval and run.resume is None
     result = trainer.train(resume_from_checkpoint=run.resume)

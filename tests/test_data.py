@@ -8,7 +8,6 @@ import random
 import shutil
 import threading
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +32,7 @@ from stagekit.data import (
     prompt_hash,
     prompt_hashes,
     read_records,
+    write_rejected,
 )
 from stagekit.formats import Conversation, Preference, Question, RowError, Text
 
@@ -249,15 +249,12 @@ def test_bad_rows_are_left_out_on_request_and_the_ledger_adds_up(tmp_path):
 
 
 def test_rows_left_out_are_written_beside_the_result(tmp_path):
-    from stagekit.run import show_data
-
     rejected = [
         {"origin": "a.jsonl:2", "reason": "空", "row": {"text": "半\n行"}},
         {"origin": "b", "reason": "", "row": None},
+        {"origin": "c", "reason": "half a character", "row": {"text": "\ud83d"}},
     ]
-    ledgers = {"train": ledger_dict(Ledger()), "validation": ledger_dict(Ledger())}
-    run = SimpleNamespace(training_args=SimpleNamespace(process_index=0, do_train=True, output_dir=str(tmp_path)))
-    show_data(run, {"ledgers": ledgers, "train_hashes": [], "rejected": rejected})
+    write_rejected(rejected, tmp_path)
     lines = (tmp_path / "rejected_rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == rejected
 
