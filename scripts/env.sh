@@ -312,12 +312,12 @@ settle_model() {
     case $1 in
         starter | */starter)    # it takes few rows at a time, and has not yet met the control tokens of a chat
             SCALE=starter
-            : "${LORA_RANK:=32}" "${LORA_ALPHA:=64}" "${BATCH_SIZE:=4}" "${ACCUMULATION:=1}"
+            : "${LORA_RANK:=32}" "${LORA_ALPHA:=64}" "${ACCUMULATION:=1}"
             : "${MODULES_TO_SAVE=embed_tokens}"
             ;;
         *)
             SCALE=real
-            : "${LORA_RANK:=16}" "${LORA_ALPHA:=32}" "${BATCH_SIZE:=4}" "${ACCUMULATION:=4}"
+            : "${LORA_RANK:=16}" "${LORA_ALPHA:=32}" "${ACCUMULATION:=4}"
             : "${MODULES_TO_SAVE=}"
             ;;
     esac

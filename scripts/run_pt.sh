@@ -15,8 +15,8 @@ launch pretraining.py \
     --do_train \
     --do_eval \
     --block_size "$(by_scale 512 1024)" \
-    --num_train_epochs "${EPOCHS:-$(by_scale 5 1)}" \
-    --per_device_train_batch_size "$BATCH_SIZE" \
+    --num_train_epochs "${EPOCHS:-$(by_scale 3 1)}" \
+    --per_device_train_batch_size "${BATCH_SIZE:-$(by_scale 2 4)}" \
     --gradient_accumulation_steps "$ACCUMULATION" \
     --learning_rate "${LEARNING_RATE:-$(by_scale 3e-3 2e-4)}" \
     --warmup_steps 0.05 \
@@ -31,7 +31,7 @@ launch pretraining.py \
     --target_modules all \
     --lora_rank "$LORA_RANK" \
     --lora_alpha "$LORA_ALPHA" \
-    --lora_dropout 0.05 \
+    --lora_dropout "$(by_scale 0.1 0.05)" \
     ${MODULES_TO_SAVE:+--modules_to_save "$MODULES_TO_SAVE"} \
     --activation_checkpointing "$ACTIVATION_CHECKPOINTING" \
     $PRECISION \

@@ -17,7 +17,7 @@ launch supervised_finetuning.py \
     --do_eval \
     --max_length "$(by_scale 512 1024)" \
     --num_train_epochs "${EPOCHS:-$(by_scale 8 2)}" \
-    --per_device_train_batch_size "$BATCH_SIZE" \
+    --per_device_train_batch_size "${BATCH_SIZE:-4}" \
     --gradient_accumulation_steps "$ACCUMULATION" \
     --learning_rate "${LEARNING_RATE:-$(by_scale 4e-3 2e-4)}" \
     --warmup_steps 0.05 \

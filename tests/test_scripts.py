@@ -351,13 +351,14 @@ def test_the_size_of_the_base_sets_the_scale_and_the_user_wins(wrapper, command,
     write_stage(tmp_path / "outputs/starter", ".")
     write_stage(tmp_path / "outputs/mine", "../starter")
     write_stage(tmp_path / "outputs/other", "a/b")
-    small = {"run_pt.sh": ["3e-3", "5"], "run_sft.sh": ["4e-3", "8"]}[wrapper.name]
+    small = {"run_pt.sh": ["3e-3", "3"], "run_sft.sh": ["4e-3", "8"]}[wrapper.name]
+    rows = {"run_pt.sh": "2", "run_sft.sh": "4"}[wrapper.name]
     large = {"run_pt.sh": ["2e-4", "1"], "run_sft.sh": ["2e-4", "2"]}[wrapper.name]
     flags = ("learning_rate", "num_train_epochs", "lora_rank", "lora_alpha", "per_device_train_batch_size")
     for base, scale in (
-        ("starter", [*small, "32", "64", "4"]),
-        (f"{tmp_path}/outputs/starter/", [*small, "32", "64", "4"]),
-        (f"{tmp_path}/outputs/mine", [*small, "32", "64", "4"]),
+        ("starter", [*small, "32", "64", rows]),
+        (f"{tmp_path}/outputs/starter/", [*small, "32", "64", rows]),
+        (f"{tmp_path}/outputs/mine", [*small, "32", "64", rows]),
         (f"{tmp_path}/outputs/other", [*large, "16", "32", "4"]),
         ("a/b", [*large, "16", "32", "4"]),
     ):
