@@ -98,7 +98,9 @@ def main():
     def encode(record):
         return encode_conversation(chat, record, sft_args.max_length, sft_args.train_on_inputs)
 
-    datasets, probes = load_data(run, data_args, accept_conversation, encode, tokenizer, sft_args.max_length, packing)
+    datasets, probes = load_data(
+        run, data_args, accept_conversation, encode, tokenizer, sft_args.max_length, packing, sft_args.train_on_inputs
+    )
     run.checks.run("loss_mask", checks.loss_mask, chat, probes, sft_args.train_on_inputs)
     run.checks.run("template_parity", checks.template_parity, chat, probes)
     run.checks.run("no_forged_turns", checks.no_forged_turns, chat)

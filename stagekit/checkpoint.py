@@ -1,5 +1,6 @@
 """What a stage leaves on disk and the next one reads: stage.json, fingerprints, checkpoints, whole or absent."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -61,7 +62,13 @@ class Source:
 
 
 def file_sha256(path: str | Path) -> str:
-    """sha256 of a file's contents, hex."""
+    """sha256 of a file's contents, hex; read once as long as the file stays as it is."""
+    status = os.stat(path)
+    return _sha256(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path, size, changed):
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 22):
