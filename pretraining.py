@@ -26,12 +26,12 @@ from stagekit.modeling import (
     load_config,
     load_model,
     load_tokenizer,
-    model_class,
     packs_exactly,
     prepare_for_training,
 )
-from stagekit.run import StageTrainer, check_memory, finish_run, load_data, run_stage, start_run
-from stagekit.tokenization import Collator, document_control, encode_document
+from stagekit.run import check_memory, finish_run, load_data, run_stage, start_run
+from stagekit.tokenization import Collator, document_control, encode_document, tokenize_rows
+from stagekit.trainers import LanguageTrainer
 
 
 @dataclass
@@ -67,16 +67,19 @@ def main():
     packing = packs_exactly(config, pt_args.packing)
     control = document_control(tokenizer)
 
-    def encode(record):
-        return encode_document(control, tokenizer, record.text, pt_args.block_size), 0
+    def tokenize(rows, ledger, **progress):
+        def encode(record):
+            return encode_document(control, tokenizer, record.text, pt_args.block_size), 0
 
-    datasets, _ = load_data(run, data_args, accept_text, encode, tokenizer, pt_args.block_size, packing)
+        return tokenize_rows(rows, ledger, encode, pt_args.block_size, packing, **progress)
 
-    check_memory(run, config, model_class(config), model_args, lora_args, pt_args.block_size)
+    datasets, _ = load_data(run, data_args, accept_text, tokenize, tokenizer, pt_args.block_size, packing)
+
+    check_memory(run, config, model_args, lora_args, pt_args.block_size)
     model = load_model(run.source, model_args, training_args, config)
     model, run.tuning = add_adapter(model, run.source, lora_args, training_args)
     prepare_for_training(model, training_args)
-    trainer = StageTrainer(
+    trainer = LanguageTrainer(
         run,
         model=model,
         args=training_args,

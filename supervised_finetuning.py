@@ -12,7 +12,6 @@ Run it through scripts/run_sft.sh, or:
 --preview 3 prints three samples with the learnt tokens in colour, and the account of every row, and trains nothing.
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from stagekit import checks
@@ -31,12 +30,12 @@ from stagekit.modeling import (
     load_config,
     load_model,
     load_tokenizer,
-    model_class,
     packs_exactly,
     prepare_for_training,
 )
-from stagekit.run import StageTrainer, check_memory, finish_run, load_data, run_stage, start_run
-from stagekit.tokenization import Collator, encode_conversation, prepare_chat, preview
+from stagekit.run import check_memory, finish_run, load_data, print_preview, run_stage, start_run
+from stagekit.tokenization import Collator, encode_conversation, prepare_chat, tokenize_rows
+from stagekit.trainers import LanguageTrainer
 
 
 @dataclass
@@ -95,25 +94,25 @@ def main():
     config = load_config(run.source, model_args, longest=sft_args.max_length)
     packing = packs_exactly(config, sft_args.packing)
 
-    def encode(record):
-        return encode_conversation(chat, record, sft_args.max_length, sft_args.train_on_inputs)
+    def tokenize(rows, ledger, **progress):
+        def encode(record):
+            return encode_conversation(chat, record, sft_args.max_length, sft_args.train_on_inputs)
 
-    datasets, probes = load_data(
-        run, data_args, accept_conversation, encode, tokenizer, sft_args.max_length, packing, sft_args.train_on_inputs
-    )
+        return tokenize_rows(rows, ledger, encode, sft_args.max_length, packing, **progress)
+
+    settings = (sft_args.max_length, packing, sft_args.train_on_inputs)
+    datasets, probes = load_data(run, data_args, accept_conversation, tokenize, tokenizer, *settings)
     run.checks.run("loss_mask", checks.loss_mask, chat, probes, sft_args.train_on_inputs)
     run.checks.run("template_parity", checks.template_parity, chat, probes)
     run.checks.run("no_forged_turns", checks.no_forged_turns, chat)
     if sft_args.preview:
-        for probe in probes[: sft_args.preview]:
-            print(f"--- {probe.origin}\n{preview(tokenizer, probe.sample, color=sys.stdout.isatty())}")
-        return
+        return print_preview(chat, probes, sft_args.preview)
 
-    check_memory(run, config, model_class(config), model_args, lora_args, sft_args.max_length)
+    check_memory(run, config, model_args, lora_args, sft_args.max_length)
     model = load_model(run.source, model_args, training_args, config)
     model, run.tuning = add_adapter(model, run.source, lora_args, training_args)
     prepare_for_training(model, training_args)
-    trainer = StageTrainer(
+    trainer = LanguageTrainer(
         run,
         model=model,
         args=training_args,

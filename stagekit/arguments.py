@@ -82,6 +82,13 @@ class LoraArguments:
         default=None,
         metadata={"help": "Adapter directory of the previous stage, to be continued on --model_name_or_path."},
     )
+    new_adapter: bool = field(
+        default=False,
+        metadata={
+            "help": "Merge the parent's adapter into the base in memory and train a fresh one on that; stage.json "
+            "records what is merged, and whatever loads this stage merges it again. Not on quantised bases."
+        },
+    )
     lora_rank: int = field(default=8, metadata={"help": "Rank of the update (arXiv:2106.09685)."})
     lora_alpha: float = field(default=16.0, metadata={"help": "The update is scaled by lora_alpha / lora_rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapter's input."})
@@ -111,6 +118,8 @@ class LoraArguments:
     def __post_init__(self):
         if self.peft_path and not self.use_peft:
             raise ValueError("--peft_path continues an adapter, so it needs --use_peft True")
+        if self.new_adapter and not self.use_peft:
+            raise ValueError("--new_adapter True trains an adapter, so it needs --use_peft True")
         if self.lora_rank < 1:
             raise ValueError(f"--lora_rank must be at least 1, got {self.lora_rank}")
         if not 0 <= self.lora_dropout < 1:
@@ -201,6 +210,28 @@ class PromptArguments:
     def __post_init__(self):
         if self.template_name:
             get_template(self.template_name)
+
+
+@dataclass
+class PairArguments:
+    """How pairs of answers are cut and looked at; reward modelling, DPO and ORPO ask."""
+
+    _argument_group_name = "pairs"
+
+    max_length: int = field(
+        default=1024,
+        metadata={
+            "help": "Longest sequence, prompt and answer, in tokens. A prompt too long loses its oldest turns, then "
+            "its beginning; an answer is cut (a reward model: left out) only if it does not fit beside that."
+        },
+    )
+    preview: int | None = field(
+        default=None, metadata={"help": "Print this many pairs, answers in colour, and exit without training."}
+    )
+
+    def __post_init__(self):
+        if self.max_length < 16:
+            raise ValueError(f"--max_length must be at least 16 tokens, got {self.max_length}")
 
 
 @dataclass

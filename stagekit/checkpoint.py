@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,7 @@ WRITTEN = {
     "seen_prompts.npy",
     "rejected_rows.jsonl",
     "curves.png",
+    "scores.png",
     "trainer_state.json",
     "training_args.bin",
     "train_results.json",
@@ -49,6 +50,7 @@ class Source:
         tokenizer: directory or hub name that holds the tokenizer.
         stage: the stage.json of the parent, or None when the start is a plain model.
         directory: the parent's directory, or None.
+        merged: directories of adapters to merge into the base, in this order, before the adapter is put on it.
     """
 
     base: str
@@ -56,6 +58,7 @@ class Source:
     tokenizer: str | None = None
     stage: dict | None = None
     directory: str | None = None
+    merged: list[str] = field(default_factory=list)
 
 
 # -- fingerprints ----------------------------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def resolve(model_name_or_path: str, peft_path: str | None = None, verify: bool 
                 same = True
         if not same:
             raise ValueError(f"adapter {peft_path} was trained on {adapter.base}, not on {model_name_or_path}")
-        return Source(below.base, adapter.adapter, adapter.tokenizer, adapter.stage, adapter.directory)
+        return Source(below.base, adapter.adapter, adapter.tokenizer, adapter.stage, adapter.directory, adapter.merged)
     path = Path(model_name_or_path)
     if not path.is_dir():
         if path.exists() or model_name_or_path.startswith((".", "/", "~")) or model_name_or_path.count("/") > 1:
@@ -227,7 +230,21 @@ def resolve_adapter(directory: str, verify: bool = True) -> Source:
                 f"{base}: its weights are not the ones that {directory} was trained on (fingerprint differs)"
             )
     has_tokenizer = (path / "tokenizer_config.json").is_file()
-    return Source(base, str(path), str(path) if has_tokenizer else base, stage, str(path) if stage else None)
+    merged = [_merged_adapter(path, part, verify) for part in (stage or {}).get("base_model", {}).get("merged", [])]
+    return Source(base, str(path), str(path) if has_tokenizer else base, stage, str(path) if stage else None, merged)
+
+
+def _merged_adapter(directory, part, verify):
+    """Find an adapter that was merged into the base before the one in `directory` was trained."""
+    path = absolute(part["path"], directory)
+    stage = read_stage(path) if os.path.isdir(path) else None
+    if stage is None:
+        raise FileNotFoundError(f"{path}: {directory} was trained on a base with this adapter merged; it is not there")
+    if verify:
+        verify_stage(path, stage)
+        if stage_fingerprint(stage) != part["fingerprint"]:
+            raise ValueError(f"{path}: not the stage that {directory} was trained on (its fingerprint differs)")
+    return path
 
 
 def relative(target: str, directory: str | Path) -> str:

@@ -1,6 +1,7 @@
 """Checks that stop a run which does not train what it claims. Each is cheap, runs every time and prints one line."""
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ NAMES = (
     "no_forged_turns",
     "memory",
     "packing_is_exact",
+    "score_position",
+    "reference_is_parent",
     "processes_share_gradients",
     "gradients_flow",
     "finite",
@@ -240,8 +243,7 @@ def packing_is_exact(model, collator, samples: list[list[int]]) -> tuple[str, st
     model.train(was_training)
     apart = torch.cat([apart[row, :length] for row, length in enumerate(lengths)])
     difference = ((together - apart).abs().max() / apart.abs().max()).item()
-    exact = next(model.parameters()).dtype == torch.float32 and not torch.is_autocast_enabled(device.type)
-    limit = 1e-4 if exact else 5e-2
+    limit = 1e-4 if _computes_in_fp32(model) else 5e-2
     if not difference <= limit:
         raise CheckError(
             f"packed samples see each other: logits differ by {difference:.2g} of their size; use --packing "
@@ -249,6 +251,94 @@ def packing_is_exact(model, collator, samples: list[list[int]]) -> tuple[str, st
             "model or attention implementation"
         )
     return f"{len(samples)} samples in a row, logits differ by {difference:.1g} of their size", f"{limit:g}"
+
+
+@torch.no_grad()
+def score_position(model, inputs: dict, stop_id: int) -> tuple[str, str]:
+    """A reward model scores at the end-of-turn token, and padding behind it changes nothing.
+
+    Args:
+        model: as the trainer wrapped it.
+        inputs: input_ids and attention_mask of a batch padded on the right, (rows, seq_len).
+        stop_id: the token at which generation stops.
+    """
+    lengths = inputs["attention_mask"].sum(dim=1)
+    last = inputs["input_ids"].gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+    if (last != stop_id).any():
+        raise CheckError(
+            f"{int((last != stop_id).sum())} of {len(last)} sequences do not end with the end-of-turn token "
+            f"{stop_id}: they would be scored where generation never stops"
+        )
+    scores = model(**inputs, use_cache=False).logits.float().squeeze(-1)
+    rows = [0, len(lengths) // 2]  # one better and one worse answer: as many forward passes on every process
+    alone = [
+        model(
+            input_ids=inputs["input_ids"][row : row + 1, : lengths[row]],
+            attention_mask=inputs["attention_mask"][row : row + 1, : lengths[row]],
+            use_cache=False,
+        ).logits.float()
+        for row in rows
+    ]
+    difference = (torch.cat(alone).squeeze(-1) - scores[rows]).abs().max().item()
+    limit = (1e-4 if _computes_in_fp32(model) else 5e-2) * max(1.0, scores.abs().max().item())
+    if not difference <= limit:
+        raise CheckError(
+            f"the score of an answer changes by {difference:.2g} with the padding behind it: the model does not read "
+            "it at the end-of-turn token"
+        )
+    return (
+        f"{len(last)} sequences scored at token {stop_id}, padding changes scores by {difference:.1g}",
+        f"{limit:.1g}",
+    )
+
+
+def _computes_in_fp32(model):
+    """No autocast, and no weight in 16 bits or quantised (those are multiplied in bf16)."""
+    parameters = list(model.parameters())
+    autocast = torch.is_autocast_enabled(parameters[0].device.type)
+    return not autocast and all(parameter.dtype == torch.float32 for parameter in parameters)
+
+
+def reference_is_parent(
+    model, rows: dict[str, torch.Tensor], loss: float | None, plain: float, changed: list[str], resumed: bool
+) -> tuple[str, str]:
+    """At step 0 policy and reference are the parent's policy: log-ratios are 0, so KL is 0 and DPO's loss is ln 2.
+
+    Args:
+        model: as the trainer wrapped it.
+        rows: log-probabilities of whole answers under policy and reference, {"policy_chosen", "policy_rejected",
+            "reference_chosen", "reference_rejected"}: (pairs,).
+        loss: of the batch, where it is Eq. 7 of arXiv:2305.18290; None for other losses.
+        plain: largest difference between the trainer's token log-probabilities and those of the model's own logits.
+        changed: names of reference tensors that differ from what the parent saved.
+        resumed: the policy has been trained already, so only the reference's tensors can be compared.
+    """
+    if changed:
+        raise CheckError(
+            f"{len(changed)} tensors of the reference are not those of the parent stage, e.g. {changed[0]}: the run "
+            "would be held to a policy that nobody trained"
+        )
+    if resumed:
+        return "reference tensors equal the parent's (resumed: the policy has moved on)", "exact"
+    sides = [
+        (rows[f"policy_{side}"] - rows[f"reference_{side}"]).abs().max().item() for side in ("chosen", "rejected")
+    ]
+    size = max(1.0, rows["reference_chosen"].abs().max().item())
+    exact = _computes_in_fp32(model)
+    limit = (3e-6 if exact else 2e-3) * size
+    if not max(sides) <= limit:
+        raise CheckError(
+            f"before the first step policy and reference differ by {max(sides):.3g} nats for an answer: the reference "
+            "is not the parent's policy"
+        )
+    if not plain <= 5e-2:
+        raise CheckError(f"token log-probabilities differ from those of the model's logits by {plain:.3g} nats")
+    value = f"log-ratios and KL {max(sides):.1g} nats"
+    if loss is not None:
+        if not abs(loss - math.log(2)) <= (1e-4 if exact else 5e-2):
+            raise CheckError(f"the loss before the first step is {loss:.6f} instead of ln 2")
+        value += f", loss {loss:.6f} = ln 2"
+    return value, f"{limit:.1g}"
 
 
 def processes_share_gradients(trainer) -> tuple[str, str]:

@@ -18,7 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from stagekit.formats import Canonical, Conversation, Preference, Question, RowError, Text, adapter_named, to_canonical
+from stagekit.formats import (
+    Canonical,
+    Conversation,
+    Preference,
+    Question,
+    Ranking,
+    RowError,
+    Text,
+    adapter_named,
+    to_canonical,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +57,7 @@ class Ledger:
     samples: int = 0  # a long conversation becomes several
     packed_rows: int = 0
     turns: Counter = field(default_factory=Counter)  # assistant turns: trained, truncated, dropped
+    pairs: Counter = field(default_factory=Counter)  # of preferences: where they come from, what they lost
     tokens: Counter = field(default_factory=Counter)  # used, trained
     files: list[str] = field(default_factory=list)
 
@@ -65,6 +76,7 @@ class Ledger:
         rows += [(f"  dropped: {reason}", count) for reason, count in sorted(self.dropped.items())]
         rows += [(f"  repaired: {kind}", count) for kind, count in sorted(self.repaired.items())]
         rows += [("samples", self.samples), ("samples that lost their end", self.truncated)]
+        rows += [(f"pairs {kind}", count) for kind, count in sorted(self.pairs.items())]
         rows += [(f"assistant turns {kind}", count) for kind, count in sorted(self.turns.items())]
         rows += [(f"tokens {kind}", count) for kind, count in sorted(self.tokens.items(), reverse=True)]
         if self.packed_rows:
@@ -406,7 +418,20 @@ def accept_conversation(record: Canonical) -> Conversation:
         return Conversation([*record.prompt, {"role": "assistant", "content": record.solution}])
     if isinstance(record, Preference):
         return Conversation([*record.prompt, *record.chosen], record.tools)
+    if isinstance(record, Ranking):
+        best = record.answers[record.ranks.index(0)]
+        return Conversation([*record.prompt, *best], record.tools)
     raise RowError("fine-tuning needs a conversation, and this is running text (pretraining.py takes it)")
+
+
+def accept_preference(record: Canonical) -> Preference | Ranking:
+    """What reward modelling, DPO and ORPO take: a better and a worse answer to one prompt, or a ranking of several."""
+    if isinstance(record, (Preference, Ranking)):
+        return record
+    raise RowError(
+        "this stage compares answers (fields 'chosen' and 'rejected', or ranked 'answers'), and this is a "
+        f"{type(record).__name__.lower()}"
+    )
 
 
 # -- cache -----------------------------------------------------------------------------------------------------------
@@ -463,5 +488,5 @@ def ledger_dict(ledger: Ledger) -> dict:
 
 def ledger_from_dict(stored: dict) -> Ledger:
     """Inverse of ledger_dict."""
-    counters = {"dropped", "repaired", "turns", "tokens"}
+    counters = {"dropped", "repaired", "turns", "pairs", "tokens"}
     return Ledger(**{key: Counter(value) if key in counters else value for key, value in stored.items()})

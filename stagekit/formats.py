@@ -5,6 +5,7 @@ A record is recognised by its keys; the first adapter of ADAPTERS whose test mat
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -47,12 +48,36 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt (messages ending with user or tool) and two continuations of it, better and worse."""
+    """A prompt (messages ending with user or tool) and two continuations of it, better and worse.
+
+    `margin` says by how much it is better, on whatever scale the data has; None where the data does not say.
+    """
 
     prompt: list[dict]
     chosen: list[dict]
     rejected: list[dict]
     tools: list[dict] | None = None
+    margin: float | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A prompt and several answers to it (each a list of messages) with their ranks: 0 is best, equal ranks tie."""
+
+    prompt: list[dict]
+    answers: list[list[dict]]
+    ranks: list[int]
+    tools: list[dict] | None = None
+
+    def pairs(self) -> list[Preference]:
+        """Every pair of answers of which one is better, best first."""
+        order = sorted(range(len(self.ranks)), key=lambda index: self.ranks[index])
+        return [
+            Preference(self.prompt, self.answers[better], self.answers[worse], self.tools)
+            for position, better in enumerate(order)
+            for worse in order[position + 1 :]
+            if self.ranks[better] < self.ranks[worse]
+        ]
 
 
 @dataclass(frozen=True)
@@ -64,7 +89,7 @@ class Question:
     solution: str
 
 
-Canonical = Text | Conversation | Preference | Question
+Canonical = Text | Conversation | Preference | Ranking | Question
 
 
 @dataclass(frozen=True)
@@ -371,7 +396,7 @@ def read_conversation_preference(record, repairs):
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    return _preference(prompt, chosen, rejected, read_tools(record), repairs)
+    return _preference(prompt, chosen, rejected, record, repairs)
 
 
 def is_preference(record):
@@ -383,16 +408,20 @@ def is_preference(record):
 
 
 def read_preference(record, repairs):
-    key = next((key for key in PROMPT_KEYS if key in record), "prompt")
-    if isinstance(record.get(key), list):
-        prompt = _with_system(record, read_messages(record[key], repairs))
-    elif HUMAN_TURN.match(str(record.get(key))):
-        prompt = _transcript(_text(record, key))
-    else:
-        prompt = _prompt_of(record, key)
+    prompt = _any_prompt(record, repairs)
     chosen = _answer(_first(record, ("chosen", "response_chosen")), "chosen", repairs)
     rejected = _answer(_first(record, ("rejected", "response_rejected")), "rejected", repairs)
-    return _preference(prompt, chosen, rejected, read_tools(record), repairs)
+    return _preference(prompt, chosen, rejected, record, repairs)
+
+
+def _any_prompt(record, repairs):
+    """The prompt of an answer to be compared: messages, a transcript, or a question with its history."""
+    key = next((key for key in PROMPT_KEYS if key in record), "prompt")
+    if isinstance(record.get(key), list):
+        return _with_system(record, read_messages(record[key], repairs))
+    if HUMAN_TURN.match(str(record.get(key))):
+        return _transcript(_text(record, key))
+    return _prompt_of(record, key)
 
 
 def _transcript(text):
@@ -417,7 +446,16 @@ def _answer(value, name, repairs):
     return read_messages(value, repairs)
 
 
-def _preference(prompt, chosen, rejected, tools, repairs):
+def _margin(record):
+    value = record.get("margin")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RowError(f"field 'margin' must be a number, got {value!r}")
+    return float(value)
+
+
+def _preference(prompt, chosen, rejected, record, repairs):
     if not any(message["role"] == "user" for message in prompt) or prompt[-1]["role"] not in ("user", "tool"):
         raise RowError("the prompt of a preference must end with a user message")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -426,7 +464,63 @@ def _preference(prompt, chosen, rejected, tools, repairs):
             raise RowError(f"{name!r} must be an answer of the assistant that is not empty")
     prompt = check_turns([*prompt, *chosen], repairs)[: -len(chosen)]
     check_turns([*prompt, *rejected], Repairs())
-    return Preference(prompt, chosen, rejected, tools)
+    return Preference(prompt, chosen, rejected, read_tools(record), _margin(record))
+
+
+RANKED_KEYS = ("answers", "responses", "completions", "candidates")
+
+
+def is_ranking(record):
+    return any(key in record for key in (*PROMPT_KEYS, *MESSAGE_KEYS)) and any(
+        isinstance(record.get(key), list) for key in RANKED_KEYS
+    )
+
+
+def read_ranking(record, repairs):
+    key = next(key for key in RANKED_KEYS if isinstance(record.get(key), list))
+    items = record[key]
+    if len(items) < 2:
+        raise RowError(f"field {key!r} needs at least two answers to compare, got {len(items)}")
+    if is_conversation(record):
+        prompt = _with_system(record, read_messages(_first(record, MESSAGE_KEYS), repairs))
+    else:
+        prompt = _any_prompt(record, repairs)
+    answers = [_answer(_answer_text(item, key), f"{key}[{index}]", repairs) for index, item in enumerate(items)]
+    ranks = _ranks(record, items, key)
+    if len(set(ranks)) < 2:
+        raise RowError(f"all answers of {key!r} have the same rank, so there is nothing to prefer")
+    for answer in answers[1:]:  # each with the first one: the same demands as on a pair
+        _preference(prompt, answers[0], answer, {}, Repairs())
+    prompt = _preference(prompt, answers[0], answers[1], {}, repairs).prompt
+    return Ranking(prompt, answers, ranks, read_tools(record))
+
+
+def _answer_text(item, key):
+    if not isinstance(item, dict) or "role" in item or "from" in item:
+        return item
+    text = next((item[name] for name in ("text", "answer", "response", "content", "output") if name in item), None)
+    if text is None:
+        raise RowError(f"an answer in {key!r} has no text; expected a string or an object with 'answer'")
+    return text
+
+
+def _ranks(record, items, key):
+    """Ranks of the answers, 0 the best: from ranks or scores beside or inside them, else the order they stand in."""
+    for name, sign in (("rank", 1), ("score", -1)):
+        values = record.get(name + "s")
+        if values is None and all(isinstance(item, dict) and name in item for item in items):
+            values = [item[name] for item in items]
+        if values is None:
+            continue
+        numbers = isinstance(values, list) and all(
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            for value in values
+        )
+        if not numbers or len(values) != len(items):
+            raise RowError(f"{name}s must be one number for each of the {len(items)} {key}")
+        levels = sorted({sign * value for value in values})
+        return [levels.index(sign * value) for value in values]
+    return list(range(len(items)))
 
 
 # Order matters: preferences before conversations and instructions (they carry the same keys), text last.
@@ -439,6 +533,7 @@ ADAPTERS = (
         "conversations + chosen + rejected",
     ),
     Adapter("P", "preference", is_preference, read_preference, "prompt|question + chosen + rejected"),
+    Adapter("K", "ranking", is_ranking, read_ranking, "prompt|question + answers (best first, or with ranks|scores)"),
     Adapter("V", "question", is_question, read_question, "question + answer"),
     Adapter("C", "conversation", is_conversation, read_conversation, "conversations|messages (+ system, tools)"),
     Adapter("I", "instruction", is_instruction, read_instruction, "instruction (+ input) + output"),

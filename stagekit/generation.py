@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from stagekit.arguments import ModelArguments
 from stagekit.checkpoint import Source, resolve
-from stagekit.modeling import explain_hub_error, load_config, load_tokenizer, quantization_config
+from stagekit.modeling import explain_hub_error, load_config, load_tokenizer, merge_adapter, quantization_config
 from stagekit.tokenization import Chat, encode_prompt, prepare_chat
 
 # Used where neither a flag nor the checkpoint's generation_config.json says anything.
@@ -130,6 +130,8 @@ def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=F
     if source.adapter and Path(source.adapter, "generation_config.json").is_file():
         defaults = GenerationConfig.from_pretrained(source.adapter)
     model.generation_config = GenerationConfig()  # generate() fills what a call leaves open from here: nothing
+    for directory in source.merged:
+        model = merge_adapter(model, directory)
     if source.adapter:
         try:
             model = PeftModel.from_pretrained(model, source.adapter)

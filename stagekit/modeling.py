@@ -1,14 +1,33 @@
 """Load tokenizers, models and adapters the way the flags ask, each process on its own device."""
 
+import copy
 import inspect
 import logging
 import os
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_peft_model_state_dict,
+)
+from peft.utils import load_peft_weights
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+from transformers.utils import logging as transformers_logging
 
 from stagekit.checkpoint import Source
+from stagekit.memory import zero_stage
 from template import TEMPLATES
 
 logger = logging.getLogger(__name__)
@@ -65,7 +84,7 @@ def load_config(source: Source, model_args, longest: int | None = None):
         raise ValueError(f"{source.base}: not a model that transformers can load ({_first_line(error)})") from error
     inherited = (source.stage or {}).get("base_model", {})
     for name in STRETCHED:  # an adapter trained on stretched positions needs them ever after
-        if source.adapter and name in inherited:
+        if (source.adapter or source.merged) and name in inherited:
             setattr(config, name, inherited[name])
     trained = _num_positions(config)
     if model_args.rope_scaling:
@@ -174,9 +193,10 @@ def choose_pad_token(tokenizer) -> None:
     logger.info("padding token: %r", choice)
 
 
-def model_class(config):
-    """The class AutoModelForCausalLM would build for a configuration, or None for remote code."""
-    return AutoModelForCausalLM._model_mapping.get(type(config), None)
+def model_class(config, scores: bool = False):
+    """The class a configuration is loaded as (to write answers, or to score them), or None for remote code."""
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    return auto._model_mapping.get(type(config), None)
 
 
 def takes_position_ids(config) -> bool:
@@ -204,12 +224,38 @@ def packs_exactly(config, packing: bool | None) -> bool:
     return possible if packing is None else packing
 
 
-def load_model(source: Source, model_args, training_args, config):
-    """Load the base weights on this process's own device.
+def prepare_to_score(config, pad_token_id: int) -> None:
+    """Make a configuration describe a reward model: one score, read at the last token that is not padding.
 
     Raises:
-        ValueError: missing packages, or weights that do not belong to the configuration.
+        ValueError: transformers has no scoring model of this architecture.
     """
+    if model_class(config, scores=True) is None:
+        raise ValueError(
+            f"{config.model_type} models cannot be reward models: transformers has no scoring head for them"
+        )
+    config.num_labels = 1
+    config.get_text_config().pad_token_id = pad_token_id
+
+
+def is_reward_model(source: Source, config) -> bool:
+    """Whether what a run starts from scores answers and cannot write any."""
+    if source.adapter:
+        return PeftConfig.from_pretrained(source.adapter).task_type == "SEQ_CLS"
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def load_model(source: Source, model_args, training_args, config, scores: bool = False):
+    """Load the base weights on this process's own device, with a head that writes or, if `scores`, one that scores.
+
+    Raises:
+        ValueError: missing packages, weights that do not belong to the configuration, or a reward model that is asked
+            to write.
+    """
+    if not scores and is_reward_model(source, config):
+        raise ValueError(
+            f"{source.directory or source.base} is a reward model: it scores answers and cannot write any"
+        )
     quantization = quantization_config(model_args)
     dtype = model_args.dtype
     if dtype == "auto" and training_args.bf16:
@@ -230,8 +276,17 @@ def load_model(source: Source, model_args, training_args, config):
         except ImportError:
             raise ValueError("--flash_attn True needs the package flash-attn: pip install flash-attn") from None
         attention = "flash_attention_2"
+    if source.merged and (quantization is not None or zero_stage(training_args.deepspeed) == 3):
+        raise ValueError(
+            f"{source.merged[-1]} must be merged into its base, which a 4-bit or 8-bit base and ZeRO-3 do not allow; "
+            "continue the adapter instead (without --new_adapter), or use ZeRO-2"
+        )
+    auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    level = transformers_logging.get_verbosity()
+    if scores and not is_reward_model(source, config):
+        transformers_logging.set_verbosity_error()  # that the score head is new is no news
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = auto.from_pretrained(
             source.base,
             config=config,
             revision=None if os.path.isdir(source.base) else model_args.model_revision,
@@ -246,6 +301,52 @@ def load_model(source: Source, model_args, training_args, config):
         if not os.path.isdir(source.base):
             raise explain_hub_error(source.base, error) from error
         raise ValueError(f"{source.base}: {_first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    for directory in source.merged:
+        model = merge_adapter(model, directory)
+    return model
+
+
+def merge_adapter(model, directory: str):
+    """Add the update of an adapter to the weights of its base, in memory."""
+    config = PeftConfig.from_pretrained(directory)
+    model = PeftModel(model, _fitting(config, model))
+    _load_adapter_weights(model, directory)
+    return model.merge_and_unload()
+
+
+def _fitting(lora, model):
+    """The LoraConfig for what an adapter becomes on this model: a reward model has a score head, and no other."""
+    scores = has_score_head(model)
+    whole = [name for name in lora.modules_to_save or [] if not scores or name not in OUTPUT_HEADS]
+    fitting = copy.deepcopy(lora)
+    fitting.task_type = "SEQ_CLS" if scores else "CAUSAL_LM"
+    fitting.modules_to_save = whole or None
+    fitting.ensure_weight_tying = lora.ensure_weight_tying and not scores
+    fitting.inference_mode = False
+    return fitting
+
+
+def _load_adapter_weights(model, directory):
+    """Load what an adapter directory holds, but for a head the model does not have; a score head stays as it is."""
+    state = get_peft_model_state_dict(model)
+    saved = load_peft_weights(directory, device="cpu")
+    if has_score_head(model):
+        saved = {name: value for name, value in saved.items() if not any(f".{head}." in name for head in OUTPUT_HEADS)}
+    unknown = sorted(set(saved) - set(state))
+    missing = sorted(name for name in set(state) - set(saved) if ".score." not in name)
+    if unknown or missing:
+        raise ValueError(f"{directory}: this adapter does not fit the model: {(unknown + missing)[0]}")
+    set_peft_model_state_dict(model, {**state, **saved})
+
+
+OUTPUT_HEADS = ("lm_head", "embed_out")
+
+
+def has_score_head(model) -> bool:
+    """Whether a model (without adapter) scores sequences instead of predicting tokens."""
+    return type(model).__name__.endswith("ForSequenceClassification")
 
 
 def quantization_config(model_args):
@@ -292,7 +393,7 @@ def add_adapter(model, source: Source, lora_args, training_args):
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
     if source.adapter:
-        model = PeftModel.from_pretrained(model, source.adapter, is_trainable=True)
+        model = continue_adapter(model, source.adapter)
         lora = model.peft_config["default"]
         kept = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
         other = [f"{name} {value:g}" for name, value in kept.items() if getattr(lora_args, name) != value]
@@ -306,19 +407,37 @@ def add_adapter(model, source: Source, lora_args, training_args):
     return model, _tuning(model.peft_config["default"], model_quantised=quantised, continued=False)
 
 
+def continue_adapter(model, directory: str) -> PeftModel:
+    """Put an adapter on its base, to be trained on; under a score head, which a writer's adapter lacks, a new one.
+
+    PEFT cannot load a CAUSAL_LM adapter on a scoring model: it becomes a SEQ_CLS adapter of the same shape.
+    """
+    lora = PeftConfig.from_pretrained(directory)
+    if not has_score_head(model) or lora.task_type == "SEQ_CLS":
+        return PeftModel.from_pretrained(model, directory, is_trainable=True)
+    fitting = _fitting(lora, model)
+    fitting.modules_to_save = [*(fitting.modules_to_save or []), "score"]
+    model = get_peft_model(model, fitting)
+    _load_adapter_weights(model, directory)
+    return model
+
+
 def lora_config(model, lora_args) -> LoraConfig:
     """The LoraConfig the flags describe; an embedding matrix shared with the head stays shared."""
     targets = lora_args.target_modules
     whole = [name.strip() for name in (lora_args.modules_to_save or "").split(",") if name.strip()]
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    scores = has_score_head(model)
+    if scores:
+        whole = [*(name for name in whole if name not in (*OUTPUT_HEADS, "score")), "score"]
+    tied = bool(getattr(model.config, "tie_word_embeddings", False)) and not scores
     if tied and whole:
-        head = [name for name in whole if name in ("lm_head", "embed_out")]
+        head = [name for name in whole if name in OUTPUT_HEADS]
         whole = [name for name in whole if name not in head] or whole
         if head and whole != head:
             logger.info("the head shares the embedding matrix: %s is trained through %s", head[0], whole[0])
     initial = True if lora_args.init_lora_weights == "True" else lora_args.init_lora_weights
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if scores else "CAUSAL_LM",
         r=lora_args.lora_rank,
         lora_alpha=lora_args.lora_alpha,
         lora_dropout=lora_args.lora_dropout,

@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-import inspect
 import logging
-import math
 import os
 import platform
 import shutil
@@ -20,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from transformers import Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from stagekit import checks, data, memory
@@ -31,8 +28,8 @@ from stagekit.checkpoint import (
     base_fingerprint,
     check_output_dir,
     find_checkpoint,
-    mark_complete,
     prepare_output_dir,
+    read_stage,
     relative,
     resolve,
     stage_fingerprint,
@@ -40,13 +37,20 @@ from stagekit.checkpoint import (
 )
 from stagekit.curves import draw_curves
 from stagekit.formats import Conversation
-from stagekit.modeling import fetch_from_modelscope, generation_settings, stretched_positions
-from stagekit.tokenization import IGNORE_INDEX, Probe, Sample, tokenize_rows
+from stagekit.modeling import (
+    fetch_from_modelscope,
+    generation_settings,
+    has_score_head,
+    model_class,
+    stretched_positions,
+)
+from stagekit.pairs import encode_preference, tokenize_pairs
+from stagekit.tokenization import Probe, Sample, preview
+from stagekit.trainers import StageMixin
 
 logger = logging.getLogger(__name__)
 
-DATA_VERSION = 1  # of what tokenisation yields; raise it when that changes, so that old caches are not read
-CHUNK_TOKENS = 1024  # tokens whose logits are held in fp32 at a time
+DATA_VERSION = 3  # of what tokenisation yields; raise it when that changes, so that old caches are not read
 
 
 @dataclass
@@ -125,6 +129,8 @@ def start_run(stage: str, model_args, lora_args, run_args, training_args, *other
             name = fetch_from_modelscope(name, model_args.model_revision, model_args.cache_dir)
     with training_args.main_process_first(desc="verify the parent", local=False):
         source = resolve(name, lora_args.peft_path, verify=training_args.process_index == 0)
+    if lora_args.new_adapter and source.adapter:
+        source = dataclasses.replace(source, adapter=None, merged=[*source.merged, source.adapter])
     resume = find_checkpoint(training_args.output_dir, training_args.resume_from_checkpoint)
     if training_args.do_train:
         check_output_dir(training_args.output_dir, run_args.overwrite_output_dir, bool(resume), source)
@@ -140,21 +146,19 @@ def given_arguments(args) -> dict:
     return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
 
 
-def load_data(run: Run, data_args, accept, encode, tokenizer, block_size: int, packing: bool, *settings):
+def load_data(run: Run, data_args, accept, tokenize, tokenizer, *settings):
     """Read, account for, tokenise and cache the data of a stage; check that nothing is measured on trained prompts.
 
     Args:
         run: what start_run returned; its data and hashes are filled in.
         data_args: DataArguments.
         accept: see data.load_rows.
-        encode: function from a canonical record to (samples, number of answers that did not fit).
+        tokenize: tokenization.tokenize_rows or pairs.tokenize_pairs, with all they need but the rows and their ledger.
         tokenizer: part of the cache key, with its chat template.
-        block_size: longest row in tokens.
-        packing: see tokenization.pack.
-        *settings: whatever else decides what encode yields; part of the cache key.
+        *settings: whatever decides what tokenize yields (lengths, switches); part of the cache key.
 
     Returns:
-        (datasets, probes): {"train", "validation"} with columns input_ids, labels, lengths; probes for the checks.
+        (datasets, probes): {"train", "validation"} with the columns tokenize yields; probes for the checks.
     """
     seed = run.training_args.seed
 
@@ -166,9 +170,8 @@ def load_data(run: Run, data_args, accept, encode, tokenizer, block_size: int, p
             ("validation", splits.validation, splits.validation_ledger),
         )
         for name, rows, ledger in parts:
-            columns[name], found = tokenize_rows(
-                rows, ledger, encode, block_size, packing, data_args.preprocessing_num_workers, f"tokenising {name}"
-            )
+            workers = data_args.preprocessing_num_workers
+            columns[name], found = tokenize(rows, ledger, num_workers=workers, description=f"tokenising {name}")
             probes += found if name == "train" else found[:8]
         meta = {
             "ledgers": {name: data.ledger_dict(ledger) for name, _, ledger in parts},
@@ -182,7 +185,7 @@ def load_data(run: Run, data_args, accept, encode, tokenizer, block_size: int, p
     files = data.find_files(data_args.train_file_dir)
     files += data.find_files(data_args.validation_file_dir) if data_args.validation_file_dir else []
     reading = {name: value for name, value in dataclasses.asdict(data_args).items() if "cache" not in name}
-    kind = [run.stage, reading, seed, block_size, packing, settings, DATA_VERSION]
+    kind = [run.stage, reading, seed, settings, DATA_VERSION]
     key = data.cache_key(files, kind, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
     datasets, meta = data.cached(key, data_args.data_cache_dir, build)
     show_data(run, meta)
@@ -190,6 +193,33 @@ def load_data(run: Run, data_args, accept, encode, tokenizer, block_size: int, p
     parent, limit = run.source.directory, data_args.max_leaked_percentage
     run.checks.run("leakage", checks.leakage, run.train_hashes, held_out, parent, limit)
     return datasets, [_probe(stored) for stored in meta["probes"]]
+
+
+def load_pairs(run: Run, data_args, chat, max_length: int, whole_answers: bool):
+    """load_data for preferences, and the checks of what is compared; see pairs.encode_preference.
+
+    Returns:
+        (datasets, probes): see load_data; the columns are those of pairs.tokenize_pairs.
+    """
+
+    def tokenize(rows, ledger, **progress):
+        def encode(record):
+            return encode_preference(chat, record, max_length, whole_answers)
+
+        return tokenize_pairs(rows, ledger, encode, **progress)
+
+    settings = (max_length, whole_answers)
+    datasets, probes = load_data(run, data_args, data.accept_preference, tokenize, chat.tokenizer, *settings)
+    run.checks.run("loss_mask", checks.loss_mask, chat, probes, False)
+    run.checks.run("template_parity", checks.template_parity, chat, probes)
+    run.checks.run("no_forged_turns", checks.no_forged_turns, chat)
+    return datasets, probes
+
+
+def print_preview(chat, probes: list[Probe], count: int) -> None:
+    """Print samples with what is learnt, or compared, in colour."""
+    for probe in probes[:count]:
+        print(f"--- {probe.origin}\n{preview(chat.tokenizer, probe.sample, color=sys.stdout.isatty())}")
 
 
 def _probe(stored):
@@ -209,12 +239,30 @@ def show_data(run: Run, meta: dict) -> None:
     run.rejected = meta["rejected"]
 
 
-def check_memory(run: Run, config, model_class, model_args, lora_args, max_tokens: int) -> None:
-    """Predict the peak before anything large is loaded; stop when it cannot fit."""
-    if model_class is None:  # code that came with the model: its size is known once it is loaded
+def check_memory(
+    run: Run, config, model_args, lora_args, max_tokens: int, reference_model: bool = False, scores: bool = False
+) -> None:
+    """Predict the peak before anything large is loaded; stop when it cannot fit.
+
+    Args:
+        run, config, model_args, lora_args: the run's.
+        max_tokens: tokens of the longest row of a batch, both answers of a pair counted.
+        reference_model: a frozen copy of all the weights is held beside the trained ones.
+        scores: the model scores sequences, so that there are no logits of a vocabulary.
+
+    Raises:
+        CheckError: the prediction is more than there is.
+    """
+    if model_class(config) is None:  # code that came with the model: its size is known once it is loaded
         run.checks.outcomes["memory"] = {"passed": None, "value": "no prediction for remote code", "limit": ""}
         return
-    parts = memory.predict_training_bytes(config, model_class, model_args, lora_args, run.training_args, max_tokens)
+    parts = memory.predict_training_bytes(
+        config, model_class(config), model_args, lora_args, run.training_args, max_tokens
+    )
+    if scores:
+        parts = {**parts, "total": parts["total"] - parts["logits"], "logits": 0}
+    if reference_model:
+        parts = {**parts, "total": parts["total"] + parts["weights"], "weights": 2 * parts["weights"]}
     use_cpu = run.training_args.use_cpu
     available = memory.available_bytes(use_cpu)
     run.predicted_bytes, run.bytes_before = parts["total"], memory.used_bytes(use_cpu, peak=False)
@@ -232,161 +280,10 @@ def check_memory(run: Run, config, model_class, model_args, lora_args, max_token
     run.checks.run("memory", compare)
 
 
-# -- loss ------------------------------------------------------------------------------------------------------------
-
-
-def token_nll(model, inputs: dict, labels: torch.Tensor, keeps_logits: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of the labels, summed over each row.
-
-    Logits are computed only where a label follows, and turned into fp32 in chunks that are recomputed in the backward
-    pass: with answers of a third of the text and a vocabulary of 150,000, a small part of what the plain way takes.
-
-    Args:
-        model: a causal model.
-        inputs: input_ids, position_ids or attention_mask, (batch, seq_len).
-        labels: (batch, seq_len), IGNORE_INDEX where nothing is learnt.
-        keeps_logits: the model takes logits_to_keep.
-
-    Returns:
-        (sums, counts): (batch,) fp32 and (batch,) int64.
-
-    Raises:
-        ValueError: no label in the batch.
-    """
-    targets = labels[:, 1:]
-    learnt = targets != IGNORE_INDEX
-    if not learnt.any():
-        raise ValueError("a batch holds no token to learn; this is a fault of the data or of the length limit")
-    kept = learnt.any(dim=0).nonzero().flatten()
-    if keeps_logits:
-        logits = model(**inputs, use_cache=False, logits_to_keep=kept).logits
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, kept]
-    targets = targets[:, kept].to(logits.device)
-    flat_logits, flat_targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    losses = [
-        torch.utils.checkpoint.checkpoint(_nll, part, wanted, use_reentrant=False)
-        for part, wanted in zip(flat_logits.split(CHUNK_TOKENS), flat_targets.split(CHUNK_TOKENS), strict=True)
-    ]
-    return torch.cat(losses).view(targets.shape).sum(dim=1), learnt.sum(dim=1)
-
-
-def _nll(logits, targets):
-    return torch.nn.functional.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="none")
-
-
-class StageTrainer(Trainer):
-    """Trainer with an exact mean loss over tokens, checkpoints whole or absent, and proof on the first step."""
-
-    def __init__(self, run: Run, *args, **kwargs):
-        super().__init__(*args, compute_metrics=_language_metrics, **kwargs)
-        self.run = run
-        self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of the whole global batch itself
-        self._loss_shifts_labels = True
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        self.keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
-        self.proved = False
-        self.staging: str | None = None
-        self.add_callback(FirstStep(self))
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of token losses / tokens of the global batch, so that it does not matter how the batch is split."""
-        labels = inputs.pop("labels")
-        sums, counts = token_nll(model, inputs, labels, self.keeps_logits)
-        loss = sums.sum() / (counts.sum() if num_items_in_batch is None else num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # data-parallel training averages gradients over processes
-        return (loss, {"sums": sums}) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the summed loss and the token count of each row, for an exact mean over all held-out tokens."""
-        inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
-        if self.is_deepspeed_enabled:  # the engine gathers ZeRO-3's weights; the bare model holds empty ones
-            model = self.model_wrapped
-            model.eval()
-        with torch.no_grad(), self.compute_loss_context_manager():
-            sums, counts = token_nll(model, inputs, labels, self.keeps_logits)
-        return None, sums, counts
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Before the first step, check what needs the model as it will be trained, on the batch it will see."""
-        if not self.proved:
-            self.proved = True
-            self.run.checks.run("processes_share_gradients", checks.processes_share_gradients, self)
-            if "position_ids" in inputs:
-                rows = [self.train_dataset[index] for index in range(min(3, len(self.train_dataset)))]
-                samples = [row["input_ids"][: min(96, row["lengths"][0])] for row in rows]
-                samples = samples if len(samples) > 1 else samples * 2
-                with self.compute_loss_context_manager():
-                    self.run.checks.run(
-                        "packing_is_exact", checks.packing_is_exact, model, self.data_collator, samples
-                    )
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    def _run_epoch(self, *args, **kwargs):
-        """A checkpoint of the last step has nothing left to train; transformers would take one step more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _get_output_dir(self, trial):
-        return self.staging or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model, trial):
-        """Write the checkpoint below a temporary directory, mark it complete, rename it: it is whole or absent."""
-        output_dir, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self.staging = str(output_dir / SAVING)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.staging, self.args.save_total_limit = None, limit
-        best = self.state.best_global_step
-        if best:
-            self.state.best_model_checkpoint = str(output_dir / f"checkpoint-{best}")
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            written = output_dir / SAVING / name
-            self.state.save_to_json(str(written / "trainer_state.json"))
-            (written / "README.md").unlink(missing_ok=True)
-            mark_complete(written)
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-            os.replace(written, output_dir / name)
-            (output_dir / SAVING).rmdir()
-            rotate_checkpoints(str(output_dir), limit, self.state.best_model_checkpoint, use_mtime=False)
-        self.accelerator.wait_for_everyone()
-
-
-class FirstStep(TrainerCallback):
-    """Looks at the first gradients and at every logged loss."""
-
-    def __init__(self, trainer: StageTrainer):
-        self.trainer = trainer
-        self.seen = False
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self.seen:
-            self.seen = True
-            self.trainer.run.checks.run("gradients_flow", checks.gradients_flow, self.trainer, model)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        for name in ("loss", "eval_loss"):
-            if name in (logs or {}):
-                self.trainer.run.checks.run("finite", checks.finite, logs[name], state.global_step, quiet=True)
-
-
-def _language_metrics(prediction) -> dict[str, float]:
-    """Mean loss over all tokens and its exponential, the perplexity."""
-    loss = float(np.sum(prediction.predictions, dtype=np.float64) / np.sum(prediction.label_ids))
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": int(np.sum(prediction.label_ids))}
-
-
 # -- the course ------------------------------------------------------------------------------------------------------
 
 
-def finish_run(trainer: StageTrainer, run: Run, tokenizer) -> None:
+def finish_run(trainer: StageMixin, run: Run, tokenizer) -> None:
     """Train, save what the next stage needs, measure, and write stage.json last.
 
     Saving runs on every rank: under ZeRO-3 it gathers the weights, which is a collective call.
@@ -396,7 +293,7 @@ def finish_run(trainer: StageTrainer, run: Run, tokenizer) -> None:
     if not args.do_train:
         metrics["after"] = _measures(trainer.evaluate())
         save_held_out(trainer, metrics)
-        _print_metrics(metrics)
+        _print_metrics(trainer, metrics)
         return
     if run.resume:
         logger.info("resumes from %s", run.resume)
@@ -420,8 +317,10 @@ def finish_run(trainer: StageTrainer, run: Run, tokenizer) -> None:
         draw_curves(trainer.state.log_history, Path(args.output_dir, "curves.png"), f"{run.stage}: loss")
         seen = np.union1d(data.load_seen_prompts(run.source.directory), run.train_hashes)
         np.save(Path(args.output_dir, data.SEEN_PROMPTS), seen)
+        if args.do_eval:
+            metrics["after"].update(trainer.report(Path(args.output_dir)))
         write_stage(args.output_dir, stage_record(run, trainer.model.config, metrics, measured))
-        _print_metrics(metrics)
+        _print_metrics(trainer, metrics)
         if run.predicted_bytes:
             logger.info(
                 "memory: predicted %.2f GiB, measured %.2f GiB",
@@ -432,7 +331,7 @@ def finish_run(trainer: StageTrainer, run: Run, tokenizer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def save_final(trainer: StageTrainer, run: Run, tokenizer) -> None:
+def save_final(trainer: StageMixin, run: Run, tokenizer) -> None:
     """Write weights, tokenizer and generation config beside the checkpoints, by rename, after reading them back."""
     output_dir = Path(trainer.args.output_dir)
     staging = output_dir / SAVING
@@ -440,8 +339,9 @@ def save_final(trainer: StageTrainer, run: Run, tokenizer) -> None:
     reference = trained_tensors(trainer)
     if trainer.is_world_process_zero():
         tokenizer.save_pretrained(staging)
-        stop_ids = run.chat.stop_ids if run.chat else [tokenizer.eos_token_id]
-        generation_settings(stop_ids, tokenizer).save_pretrained(staging)
+        if not has_score_head(base_model(trainer)):
+            stop_ids = run.chat.stop_ids if run.chat else [tokenizer.eos_token_id]
+            generation_settings(stop_ids, tokenizer).save_pretrained(staging)
         (staging / "README.md").unlink(missing_ok=True)
         run.checks.run("saved_is_loaded", checks.saved_is_loaded, str(staging), reference, _reload(trainer, staging))
         for path in sorted(staging.iterdir()):
@@ -453,7 +353,13 @@ def save_final(trainer: StageTrainer, run: Run, tokenizer) -> None:
     trainer.accelerator.wait_for_everyone()
 
 
-def trained_tensors(trainer: StageTrainer) -> dict[str, torch.Tensor]:
+def base_model(trainer: StageMixin):
+    """The model without its wrappers and its adapter."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trained_tensors(trainer: StageMixin) -> dict[str, torch.Tensor]:
     """The tensors a checkpoint must hold, under the names its files use; gathered under ZeRO-3 (a collective call)."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     state = None
@@ -474,16 +380,18 @@ def trained_tensors(trainer: StageTrainer) -> dict[str, torch.Tensor]:
 def _reload(trainer, directory):
     """A function comparing logits of the adapter in memory with its reloaded copy; None where it cannot be done.
 
-    That is full weights (their tensors are compared), ZeRO-3 (each process holds a part), and modules trained whole,
-    which PEFT cannot hold twice when they are tied.
+    That is full weights (their tensors are compared), ZeRO-3 (each process holds a part), and embeddings trained whole
+    that are tied to the head, which PEFT cannot hold twice. Of a reward model the logits are the scores.
     """
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     if not isinstance(model, PeftModel) or memory.zero_stage(trainer.args.deepspeed) == 3:
         return None
-    if model.peft_config["default"].modules_to_save:
+    lora = model.peft_config["default"]
+    if lora.modules_to_save and lora.ensure_weight_tying:
         return None
     row = trainer.train_dataset[0]
-    ids = torch.tensor([row["input_ids"][: min(64, row["lengths"][0])]], device=model.device)
+    sequence = row["chosen_ids"] if "chosen_ids" in row else row["input_ids"][: row["lengths"][0]]
+    ids = torch.tensor([sequence[:64]], device=model.device)
 
     @torch.no_grad()
     def compare():
@@ -519,6 +427,7 @@ def stage_record(run: Run, config, metrics: dict, measured_bytes: int) -> dict:
             "name_or_path": relative(source.base, args.output_dir),
             "revision": getattr(config, "_commit_hash", None),  # of a hub model
             "fingerprint": base_fingerprint(source.base),
+            **({"merged": [_merged(path, args.output_dir) for path in source.merged]} if source.merged else {}),
             **stretched_positions(config),
         },
         "parent": None
@@ -549,23 +458,22 @@ def stage_record(run: Run, config, metrics: dict, measured_bytes: int) -> dict:
     }
 
 
+def _merged(directory, output_dir):
+    return {"path": relative(directory, output_dir), "fingerprint": stage_fingerprint(read_stage(directory))}
+
+
 def _measures(metrics):
-    wanted = ("loss", "perplexity", "tokens")
-    return {name: metrics[f"eval_{name}"] for name in wanted if f"eval_{name}" in metrics}
+    """What was measured on the held-out rows; how long that took is left out."""
+    names = [name for name in metrics if name.startswith("eval_") and not name.endswith(("_second", "_runtime"))]
+    return {name.removeprefix("eval_"): metrics[name] for name in names}
 
 
-def save_held_out(trainer: StageTrainer, metrics: dict) -> None:
+def save_held_out(trainer: StageMixin, metrics: dict) -> None:
     """Write eval_results.json."""
     trainer.save_metrics("eval", {f"eval_{name}": value for name, value in metrics["after"].items()})
 
 
-def _print_metrics(metrics):
+def _print_metrics(trainer, metrics):
     for when, values in metrics.items():
         if values:
-            logger.info(
-                "held-out loss %s training: %.4f (perplexity %.2f over %d tokens)",
-                when,
-                values["loss"],
-                values["perplexity"],
-                values["tokens"],
-            )
+            logger.info("held-out %s training: %s", when, trainer.describe(values))

@@ -240,7 +240,7 @@ def encode_conversation(
         if not chat.stable:
             learnt = learnt[-1:]
         part = system + messages[first:end]
-        sample = _encode_sample(chat, part, conversation.tools, learnt, train_on_inputs)
+        sample = encode_messages(chat, part, conversation.tools, learnt, train_on_inputs)
         sample.turns = {turn + offset: span for turn, span in sample.turns.items()}
         return sample
 
@@ -334,7 +334,16 @@ def _spans_by_prefix(chat, messages, tools, text):
     return spans
 
 
-def _encode_sample(chat, messages, tools, learnt, train_on_inputs):
+def encode_messages(
+    chat: Chat, messages: list[dict], tools: list[dict] | None, learnt: list[int], train_on_inputs: bool = False
+) -> Sample:
+    """Tokenise messages as one sample, whatever its length, and learn the answers with the given indices.
+
+    Where the template is not stable, only the last message can be learnt.
+
+    Raises:
+        RowError: the template refuses the messages.
+    """
     if chat.stable:
         pieces, forged = _pieces(chat, messages, tools, False)
     else:
@@ -512,7 +521,7 @@ def tokenize_rows(rows, ledger, encode, block_size: int, packing: bool, num_work
     Raises:
         ValueError: a row the template refuses, or nothing left to learn.
     """
-    encoded = _map_rows(rows, encode, num_workers, description)
+    encoded = map_rows(rows, encode, num_workers, description)
     samples, probes = [], []
     for row, (found, lost) in zip(rows, encoded, strict=True):
         ledger.turns.update({"dropped": lost} if lost else {})
@@ -527,7 +536,7 @@ def tokenize_rows(rows, ledger, encode, block_size: int, packing: bool, num_work
                 ledger.truncated += 1
         samples += found
         if isinstance(row.record, Conversation):
-            probes.append((row, found))
+            probes.append((row.record, found, row.origin))
     if not samples:
         raise ValueError(f"{ledger.files[0]}: no sample is left to learn from; raise the length limit")
     ledger.samples = len(samples)
@@ -541,28 +550,35 @@ def tokenize_rows(rows, ledger, encode, block_size: int, packing: bool, num_work
         "labels": [[label for index in group for label in samples[index].labels] for group in groups],
         "lengths": [[len(samples[index].input_ids) for index in group] for group in groups],
     }
-    return columns, _choose_probes(probes)
+    return columns, choose_probes(probes)
 
 
-def _choose_probes(candidates):
-    """Prefer what is likely to go wrong: cut answers, split conversations, tools, many turns; then the first rows."""
+def choose_probes(candidates: list[tuple[Conversation, list[Sample], str]]) -> list[Probe]:
+    """Choose what the checks look at: first what is likely to go wrong (cut answers, split conversations, tools, many
+    turns), then the first rows.
+
+    Args:
+        candidates: a conversation, the samples made from it, and where it stands.
+    """
 
     def difficulty(item):
-        row, samples = item
+        conversation, samples, _ = item
         turns = sum(len(sample.turns) for sample in samples)
         return -(
             any(sample.truncated for sample in samples) * 8
-            + bool(row.record.tools) * 4
+            + bool(conversation.tools) * 4
             + (len(samples) > 1) * 2
             + turns
         )
 
     chosen = sorted(candidates, key=difficulty)[: NUM_PROBES // 2] + candidates[: NUM_PROBES // 2]
-    probes = [Probe(row.record, sample, row.origin) for row, samples in chosen for sample in samples]
-    return list({(probe.origin, tuple(probe.sample.turns)): probe for probe in probes}.values())[:NUM_PROBES]
+    probes = [Probe(talk, sample, origin) for talk, samples, origin in chosen for sample in samples]
+    distinct = {(probe.origin, tuple(probe.sample.turns), tuple(probe.sample.input_ids)): probe for probe in probes}
+    return list(distinct.values())[:NUM_PROBES]
 
 
-def _map_rows(rows, encode, num_workers, description):
+def map_rows(rows, encode, num_workers: int | None, description: str) -> list:
+    """Encode the record of every row, in order, with a progress bar; an error names the row."""
     from tqdm import tqdm
 
     def one(index):

@@ -472,7 +472,7 @@ def test_a_loss_that_is_no_number_is_caught(value):
 
 
 def test_every_logged_loss_is_looked_at():
-    from stagekit.run import FirstStep
+    from stagekit.trainers import FirstStep
 
     checks, state = Checks(), SimpleNamespace(global_step=4)
     watch = FirstStep(SimpleNamespace(run=SimpleNamespace(checks=checks)))

@@ -20,15 +20,21 @@ MAY_IMPORT = {
     "stagekit.checkpoint": set(),
     "stagekit.memory": set(),
     "stagekit.curves": set(),
-    "stagekit.modeling": {"stagekit.checkpoint", "template"},
+    "stagekit.modeling": {"stagekit.checkpoint", "stagekit.memory", "template"},
     "stagekit.tokenization": {"stagekit.formats", "stagekit.modeling", "template"},
+    "stagekit.pairs": {"stagekit.formats", "stagekit.tokenization"},
+    "stagekit.pair_metrics": set(),
     "stagekit.checks": {"stagekit.data", "stagekit.tokenization"},
     "stagekit.generation": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.tokenization"),
     },
+    "stagekit.scoring": {
+        *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization"),
+    },
+    "stagekit.trainers": {"stagekit.checkpoint", "stagekit.checks", "stagekit.tokenization"},
     "stagekit.run": {
         *("stagekit.checkpoint", "stagekit.checks", "stagekit.curves", "stagekit.data", "stagekit.formats"),
-        *("stagekit.memory", "stagekit.modeling", "stagekit.tokenization"),
+        *("stagekit.memory", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization", "stagekit.trainers"),
     },
 }
 

@@ -22,8 +22,8 @@ from stagekit.modeling import (
     prepare_for_training,
     takes_position_ids,
 )
-from stagekit.run import StageTrainer, token_nll
 from stagekit.tokenization import IGNORE_INDEX, Collator
+from stagekit.trainers import LanguageTrainer, token_nll
 
 
 def model_args(**options):
@@ -502,7 +502,7 @@ def test_it_does_not_matter_how_a_batch_is_split(tiny_qwen3):
         losses = []
         for start in range(0, 8, size):
             part = {key: value[start : start + size] for key, value in inputs.items()}
-            loss = StageTrainer.compute_loss(
+            loss = LanguageTrainer.compute_loss(
                 trainer, model, {**part, "labels": labels[start : start + size]}, False, total
             )
             loss.backward()
@@ -545,7 +545,7 @@ def test_a_step_of_the_trainer_does_not_depend_on_the_split_either(tiny_qwen3, t
         disable_tqdm=True,
     )
     run = SimpleNamespace(checks=Checks())
-    trainer = StageTrainer(
+    trainer = LanguageTrainer(
         run, model=model, args=args, train_dataset=Dataset.from_dict(rows), data_collator=Collator(pad_token_id=3)
     )
     trainer.train()

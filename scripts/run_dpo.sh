@@ -1,0 +1,41 @@
+#!/bin/sh
+# Direct preference optimization on the pairs in data/reward. Makes what is missing: environment, model. Examples:
+#   sh scripts/run_dpo.sh
+#   sh scripts/run_dpo.sh --beta 0.3 --rpo_alpha 1.0
+# Arguments given here come last and win; scripts/env.sh lists the variables it reads.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/env.sh
+
+choose_parent sft
+launch dpo_training.py \
+    --model_name_or_path "$MODEL" \
+    --train_file_dir data/reward \
+    --validation_file_dir data/eval/preferences.jsonl \
+    --output_dir "$OUTPUT_ROOT/dpo" \
+    --do_train \
+    --do_eval \
+    --max_length "$(by_scale 512 1024)" \
+    --beta 0.1 \
+    --num_train_epochs "${EPOCHS:-$(by_scale 3 1)}" \
+    --per_device_train_batch_size "${BATCH_SIZE:-4}" \
+    --gradient_accumulation_steps "$ACCUMULATION" \
+    --learning_rate "${LEARNING_RATE:-$(by_scale 5e-4 2e-5)}" \
+    --warmup_steps 0.05 \
+    --lr_scheduler_type cosine \
+    --logging_steps 5 \
+    --eval_strategy steps \
+    --eval_steps 50 \
+    --save_strategy steps \
+    --save_steps 50 \
+    --save_total_limit 2 \
+    --use_peft True \
+    --target_modules all \
+    --lora_rank "$LORA_RANK" \
+    --lora_alpha "$LORA_ALPHA" \
+    --lora_dropout 0.05 \
+    ${MODULES_TO_SAVE:+--modules_to_save "$MODULES_TO_SAVE"} \
+    --activation_checkpointing "$ACTIVATION_CHECKPOINTING" \
+    $PRECISION \
+    ${DEEPSPEED:+--deepspeed "$DEEPSPEED"} \
+    "$@"

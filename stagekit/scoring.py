@@ -1,0 +1,87 @@
+"""Scores from a trained reward model: load it, score answers. The tokens are those of training, the position too."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from peft import PeftModel
+
+from stagekit.arguments import ModelArguments
+from stagekit.checkpoint import Source, resolve
+from stagekit.modeling import is_reward_model, load_config, load_model, load_tokenizer, prepare_to_score
+from stagekit.pairs import encode_answers, padding_id
+from stagekit.tokenization import Chat, prepare_chat
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model ready to score: in eval mode, on its device, its adapter active and not merged."""
+
+    model: torch.nn.Module
+    chat: Chat
+    source: Source
+    pad_token_id: int
+
+
+def load_reward_model(directory: str, only_cpu: bool = False) -> RewardModel:
+    """Load what reward_modeling.py wrote: base, adapter with its score head, tokenizer and template.
+
+    Raises:
+        ValueError: not a reward model, or its files were changed.
+        FileNotFoundError: no such directory.
+    """
+    source = resolve(directory)
+    model_args = ModelArguments(model_name_or_path=directory)
+    config = load_config(source, model_args)
+    if not is_reward_model(source, config):
+        raise ValueError(f"{directory} is no reward model (it writes answers); reward_modeling.py trains one")
+    tokenizer = load_tokenizer(source, model_args)
+    chat = prepare_chat(tokenizer, None)
+    pad_token_id = padding_id(tokenizer, chat.stop_ids)
+    prepare_to_score(config, pad_token_id)
+    accelerated = torch.accelerator.is_available() and not only_cpu
+    device = torch.accelerator.current_accelerator().type if accelerated else "cpu"
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    settings = SimpleNamespace(bf16=bf16, fp16=False, use_cpu=not accelerated, deepspeed=None)
+    model = load_model(source, model_args, settings, config, scores=True)
+    if source.adapter:
+        model = PeftModel.from_pretrained(model, source.adapter)
+    return RewardModel(model.to(device).eval(), chat, source, pad_token_id)
+
+
+@torch.no_grad()
+def score_answers(
+    reward: RewardModel,
+    items: list[tuple[list[dict], list[dict], list[dict] | None]],
+    max_length: int,
+    batch_size: int,
+) -> Iterator[tuple[int, float | None]]:
+    """Score answers, the longest ones first, as they get ready.
+
+    Args:
+        reward: what load_reward_model returned.
+        items: (prompt, answer, tools): messages, messages, or None.
+        max_length: limit in tokens; a prompt gives way first.
+        batch_size: answers in a forward pass.
+
+    Yields:
+        (index into items, score); None for an answer that does not fit, which has no end to be scored at.
+    """
+    samples = []
+    for index, (prompt, answer, tools) in enumerate(items):
+        (sample,), _ = encode_answers(reward.chat, prompt, [answer], tools, max_length)
+        if sample.truncated:
+            yield index, None
+        else:
+            samples.append((index, sample.input_ids))
+    samples.sort(key=lambda item: -len(item[1]))
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        width = len(batch[0][1])
+        ids = [ids + [reward.pad_token_id] * (width - len(ids)) for _, ids in batch]
+        mask = [[1] * len(ids) + [0] * (width - len(ids)) for _, ids in batch]
+        tensors = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        tensors = {name: tensor.to(reward.model.device) for name, tensor in tensors.items()}
+        scores = reward.model(**tensors, use_cache=False).logits.squeeze(-1).float().tolist()
+        yield from zip((index for index, _ in batch), scores, strict=True)
