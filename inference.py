@@ -4,7 +4,7 @@ Reads a directory that a stage wrote (or any model), and nothing else: base, ada
 found there. --interactive talks, --data_file FILE writes one line of JSON for every question.
 
     python inference.py --lora_model outputs/sft --interactive
-    python inference.py --lora_model outputs/sft --data_file data/eval --output_file predictions.jsonl
+    python inference.py --lora_model outputs/sft --data_file data/eval/questions.jsonl --output_file predictions.jsonl
 """
 
 import argparse
@@ -277,12 +277,15 @@ def read_prompts(data_file: str, system_prompt: str | None) -> list[Prompt]:
 
 def read_prompt(record: object) -> tuple[list[dict], list[dict] | None, str | None]:
     """Read (prompt messages, tools, reference answer) from a record of any conversation or prompt format."""
-    from stagekit.formats import Preference, Question, RowError, Text, to_canonical
+    from stagekit.formats import Preference, Question, Ranking, RowError, Text, is_ranking, to_canonical
 
     answered = True
-    if isinstance(record, dict) and not {"chosen", "chosen_messages", "response_chosen"} & record.keys():
+    compared = isinstance(record, dict) and {"chosen", "chosen_messages", "response_chosen"} & record.keys()
+    if isinstance(record, dict) and not compared and not is_ranking(record):
         record, answered = _with_answer(record)
     canonical = to_canonical(record)[0]
+    if isinstance(canonical, Ranking):
+        canonical = canonical.pairs()[0]
     if isinstance(canonical, Text):
         raise RowError("running text holds no question; expected messages, question, instruction or prompt")
     if isinstance(canonical, Question):

@@ -5,7 +5,6 @@ A record is recognised by its keys; the first adapter of ADAPTERS whose test mat
 """
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -446,11 +445,16 @@ def _answer(value, name, repairs):
     return read_messages(value, repairs)
 
 
+def _is_number(value):
+    """A finite number; the comparison is false for NaN and works for integers that no float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
 def _margin(record):
     value = record.get("margin")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not _is_number(value):
         raise RowError(f"field 'margin' must be a number, got {value!r}")
     return float(value)
 
@@ -471,14 +475,17 @@ RANKED_KEYS = ("answers", "responses", "completions", "candidates")
 
 
 def is_ranking(record):
-    return any(key in record for key in (*PROMPT_KEYS, *MESSAGE_KEYS)) and any(
-        isinstance(record.get(key), list) for key in RANKED_KEYS
+    """Several answers with an order, or without one but with no single answer that the record would be about."""
+    return (
+        any(key in record for key in (*PROMPT_KEYS, *MESSAGE_KEYS))
+        and any(isinstance(record.get(key), list) and record[key] for key in RANKED_KEYS)
+        and ("ranks" in record or "scores" in record or not ("answer" in record or "output" in record))
     )
 
 
 def read_ranking(record, repairs):
-    key = next(key for key in RANKED_KEYS if isinstance(record.get(key), list))
-    items = record[key]
+    key = next((key for key in RANKED_KEYS if isinstance(record.get(key), list) and record[key]), RANKED_KEYS[0])
+    items = record.get(key) or []
     if len(items) < 2:
         raise RowError(f"field {key!r} needs at least two answers to compare, got {len(items)}")
     if is_conversation(record):
@@ -506,20 +513,20 @@ def _answer_text(item, key):
 
 def _ranks(record, items, key):
     """Ranks of the answers, 0 the best: from ranks or scores beside or inside them, else the order they stand in."""
-    for name, sign in (("rank", 1), ("score", -1)):
+    for name, sign in (("rank", 1), ("score", -1), ("overall_score", -1), ("rating", -1)):
         values = record.get(name + "s")
-        if values is None and all(isinstance(item, dict) and name in item for item in items):
-            values = [item[name] for item in items]
+        if values is None and any(isinstance(item, dict) and name in item for item in items):
+            values = [item.get(name) if isinstance(item, dict) else None for item in items]
         if values is None:
             continue
-        numbers = isinstance(values, list) and all(
-            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            for value in values
-        )
-        if not numbers or len(values) != len(items):
+        if not isinstance(values, list) or len(values) != len(items) or not all(map(_is_number, values)):
             raise RowError(f"{name}s must be one number for each of the {len(items)} {key}")
         levels = sorted({sign * value for value in values})
         return [levels.index(sign * value) for value in values]
+    if any(_is_number(value) for item in items if isinstance(item, dict) for value in item.values()):
+        raise RowError(
+            f"the {key} hold numbers, but none is called 'rank' or 'score'; name the one that orders them so"
+        )
     return list(range(len(items)))
 
 

@@ -77,9 +77,10 @@ def _encode_pair(chat, preference, max_length, whole_answers):
     if preference.chosen == preference.rejected:
         return IDENTICAL
     answers = [preference.chosen, preference.rejected]
-    (chosen, rejected), shortened = encode_answers(chat, preference.prompt, answers, preference.tools, max_length)
-    if whole_answers and (chosen.truncated or rejected.truncated):
+    samples, shortened, whole = encode_answers(chat, preference.prompt, answers, preference.tools, max_length)
+    if whole_answers and not whole:
         return TOO_LONG
+    chosen, rejected = samples
     if chosen.input_ids == rejected.input_ids:
         return IDENTICAL
     return Pair(chosen, rejected, margin=preference.margin or 0.0, shortened=shortened)
@@ -87,7 +88,7 @@ def _encode_pair(chat, preference, max_length, whole_answers):
 
 def encode_answers(
     chat: Chat, prompt: list[dict], answers: list[list[dict]], tools: list[dict] | None, max_length: int
-) -> tuple[list[Sample], bool]:
+) -> tuple[list[Sample], bool, bool]:
     """Tokenise answers behind one prompt, each up to its end-of-turn, all with the same part of the prompt.
 
     Args:
@@ -98,7 +99,8 @@ def encode_answers(
         max_length: limit in tokens; see encode_preference for what gives way.
 
     Returns:
-        (samples, shortened): one sample an answer; whether the prompt lost its beginning within its last exchange.
+        (samples, shortened, whole): one sample an answer; whether the prompt lost its beginning within its last
+        exchange; whether all answers are whole.
 
     Raises:
         RowError: the template refuses the conversation.
@@ -107,21 +109,19 @@ def encode_answers(
     for first in (index for index, message in enumerate(prompt) if message["role"] == "user"):
         samples = [_encode_answer(chat, prompt, answer, tools, num_system, first) for answer in answers]
         if max(len(sample.input_ids) for sample in samples) <= max_length:
-            return samples, False
+            return samples, False, True
     starts = [min(start for start, _ in sample.turns.values()) for sample in samples]
     longest = max(len(sample.input_ids) - start for sample, start in zip(samples, starts, strict=True))
     kept = max(max_length - longest, min(*starts, max_length // 4))
     for sample, start in zip(samples, starts, strict=True):
         _cut(sample, max(0, start - kept), max_length, chat.tokenizer.bos_token_id)
-    return samples, max(starts) > kept
+    return samples, max(starts) > kept, longest + kept <= max_length
 
 
 def _encode_answer(chat, prompt, answer, tools, num_system, first):
     messages = [*prompt[:num_system], *prompt[first:], *answer]
     begin, offset = len(messages) - len(answer), first - num_system
     learnt = [index for index in range(begin, len(messages)) if messages[index]["role"] == "assistant"]
-    if not chat.stable:
-        learnt = learnt[-1:]
     sample = encode_messages(chat, messages, tools, learnt)
     end = max(end for _, end in sample.turns.values())  # what a template writes behind it is never generated
     sample.input_ids, sample.labels = sample.input_ids[:end], sample.labels[:end]
@@ -131,15 +131,14 @@ def _encode_answer(chat, prompt, answer, tools, num_system, first):
 
 def _cut(sample, count, max_length, bos):
     """Take `count` tokens from the beginning (but a BOS), and what is then over max_length from the end."""
-    sample.truncated = len(sample.input_ids) - count > max_length
+    turns = {turn: (begin - count, end - count) for turn, (begin, end) in sample.turns.items()}
+    turns = {turn: span for turn, span in turns.items() if span[0] < max_length}
+    length = min(max(end for _, end in turns.values()), max_length)  # a cut between two answers ends with the first
+    sample.truncated = any(end > max_length for _, end in turns.values())
     first = sample.input_ids[:1] if count and sample.input_ids[0] == bos else sample.input_ids[count : count + 1]
-    sample.input_ids = (first + sample.input_ids[count + 1 :])[:max_length]
-    sample.labels = sample.labels[count:][:max_length]
-    sample.turns = {
-        turn: (begin - count, min(end - count, max_length))
-        for turn, (begin, end) in sample.turns.items()
-        if begin - count < max_length
-    }
+    sample.input_ids = (first + sample.input_ids[count + 1 :])[:length]
+    sample.labels = sample.labels[count:][:length]
+    sample.turns = {turn: (begin, min(end, max_length)) for turn, (begin, end) in turns.items()}
 
 
 def tokenize_pairs(rows, ledger, encode, num_workers: int | None, description: str):

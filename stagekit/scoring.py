@@ -70,11 +70,11 @@ def score_answers(
     """
     samples = []
     for index, (prompt, answer, tools) in enumerate(items):
-        (sample,), _ = encode_answers(reward.chat, prompt, [answer], tools, max_length)
-        if sample.truncated:
-            yield index, None
-        else:
+        (sample,), _, whole = encode_answers(reward.chat, prompt, [answer], tools, max_length)
+        if whole:
             samples.append((index, sample.input_ids))
+        else:
+            yield index, None
     samples.sort(key=lambda item: -len(item[1]))
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]

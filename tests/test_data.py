@@ -18,6 +18,7 @@ from stagekit.data import (
     Ledger,
     Row,
     accept_conversation,
+    accept_preference,
     accept_text,
     cache_key,
     cached,
@@ -34,7 +35,7 @@ from stagekit.data import (
     read_records,
     write_rejected,
 )
-from stagekit.formats import Conversation, Preference, Question, RowError, Text
+from stagekit.formats import Conversation, Preference, Question, Ranking, RowError, Text
 
 TWO = [{"text": "first"}, {"text": "second"}]
 
@@ -307,12 +308,14 @@ def test_the_ledger_survives_json_and_is_printed_as_a_table():
     ledger.drop("unreadable")
     ledger.drop("nothing", 0)
     ledger.tokens.update(used=50_000, trained=20_000)
+    ledger.pairs.update({"from rankings": 6})
     stored = json.loads(json.dumps(ledger_dict(ledger)))
     assert stored["dropped"] == {"unreadable": 1}
     assert ledger_from_dict(stored) == ledger
     lines = ledger.lines("training")
     assert lines[0] == "training data: a, b, c and 2 more"
     assert [line.split()[-1] for line in lines[1:4]] == ["1,234", "1,233", "1"]
+    assert any(line.split() == ["pairs", "from", "rankings", "6"] for line in lines)
     assert len({len(line) for line in lines[1:]}) == 1, "the columns are not aligned"
 
 
@@ -424,6 +427,7 @@ def test_the_same_question_is_recognised_in_every_kind_of_record():
     for record in (
         Conversation([*prompt, *answer]),
         Preference(prompt, answer, answer),
+        Ranking(prompt, [answer, [{"role": "assistant", "content": "B"}]], [1, 0]),
         Question(prompt, "A", "A"),
         Text("What is a fever, and when is it high?"),
         asked("What is a fever, and when is it high?", "And then?"),
@@ -456,11 +460,26 @@ def test_each_stage_takes_its_kinds_and_refuses_the_others():
     assert accept_text(Text("x")) == Text("x")
     assert accept_conversation(asked("Q")) == asked("Q")
     assert accept_conversation(Question(question, "2", "1+1\n#### 2")) == Conversation([*question, *solution])
-    assert accept_conversation(Preference(question, good, bad, [{}])) == Conversation([*question, *good], [{}])
+    pair, ranking = Preference(question, good, bad, [{}]), Ranking(question, [bad, good, good], [1, 0, 0], [{}])
+    for record in (pair, ranking):
+        assert accept_conversation(record) == Conversation([*question, *good], [{}])
+        assert accept_preference(record) is record
     with pytest.raises(RowError, match="pretraining needs running text .* and this is a conversation"):
         accept_text(asked("Q"))
     with pytest.raises(RowError, match="fine-tuning needs a conversation"):
         accept_conversation(Text("x"))
+    for record in (pair, ranking):
+        with pytest.raises(RowError, match=f"pretraining needs running text .* {type(record).__name__.lower()}$"):
+            accept_text(record)
+    for record in (Text("x"), asked("Q"), Question(question, "2", "2")):
+        kind = type(record).__name__.lower()
+        with pytest.raises(RowError, match=f"compares answers .*'chosen' and 'rejected'.* and this is a {kind}$"):
+            accept_preference(record)
+
+
+def test_of_a_ranking_the_first_of_the_best_answers_is_learnt_in_finetuning():
+    question, answers = [{"role": "user", "content": "Q"}], [[{"role": "assistant", "content": t}] for t in "abc"]
+    assert accept_conversation(Ranking(question, answers, [1, 0, 0])) == Conversation([*question, *answers[1]])
 
 
 # -- cache -----------------------------------------------------------------------------------------------------------

@@ -1,12 +1,23 @@
 """Each adapter on records as their data sets publish them; the expected records are written out by hand."""
 
 import json
+import math
 import random
 import re
 
 import pytest
 
-from stagekit.formats import ADAPTERS, Conversation, Preference, Question, RowError, Text, adapter_named, to_canonical
+from stagekit.formats import (
+    ADAPTERS,
+    Conversation,
+    Preference,
+    Question,
+    Ranking,
+    RowError,
+    Text,
+    adapter_named,
+    to_canonical,
+)
 
 
 def system(text):
@@ -34,6 +45,11 @@ def call(*calls):
 def said(*turns):
     """ShareGPT turns from (speaker, text) pairs."""
     return [{"from": speaker, "value": text} for speaker, text in turns]
+
+
+def ranked(prompt, *answers):
+    """A ranking from (answer, rank) pairs."""
+    return Ranking(prompt, [[assistant(text)] for text, _ in answers], [rank for _, rank in answers])
 
 
 BARE_TOOL = {"name": "shop_hours", "description": "Opening hours", "parameters": {"type": "object", "properties": {}}}
@@ -249,6 +265,93 @@ READINGS = {
         {"chosen_messages": [user("Q"), assistant("good")], "rejected_messages": [user("Q"), assistant("bad")]},
         Preference([user("Q")], [assistant("good")], [assistant("bad")]),
     ),
+    "P with a margin": (
+        {"prompt": "Q", "chosen": "good", "rejected": "bad", "margin": 1.5},
+        Preference([user("Q")], [assistant("good")], [assistant("bad")], None, 1.5),
+    ),
+    "P with a margin of nothing": (
+        {"prompt": "Q", "chosen": "good", "rejected": "bad", "margin": None},
+        Preference([user("Q")], [assistant("good")], [assistant("bad")], None, None),
+    ),
+    "P with a margin of zero": (
+        {"prompt": "Q", "chosen": "good", "rejected": "bad", "margin": 0},
+        Preference([user("Q")], [assistant("good")], [assistant("bad")], None, 0.0),
+    ),
+    "S with a margin": (
+        {"conversations": said(("human", "Q")), "chosen": "good", "rejected": "bad", "margin": 3},
+        Preference([user("Q")], [assistant("good")], [assistant("bad")], None, 3.0),
+    ),
+    "S whole dialogues with a margin": (
+        {"chosen": [user("Q"), assistant("good")], "rejected": [user("Q"), assistant("bad")], "margin": -0.5},
+        Preference([user("Q")], [assistant("good")], [assistant("bad")], None, -0.5),
+    ),
+    "K strings, best first": (
+        {"question": "Q", "answers": ["best", "fair", "bad"]},
+        ranked([user("Q")], ("best", 0), ("fair", 1), ("bad", 2)),
+    ),
+    "K objects, best first": (
+        {"prompt": "Q", "responses": [{"answer": "best", "by": "a"}, {"text": "bad", "by": "b"}]},
+        ranked([user("Q")], ("best", 0), ("bad", 1)),
+    ),
+    "K objects with ranks": (
+        {
+            "question": "Q",
+            "answers": [{"answer": "bad", "rank": 7}, {"text": "best", "rank": 1}, {"response": "fair", "rank": 2.5}],
+        },
+        ranked([user("Q")], ("bad", 2), ("best", 0), ("fair", 1)),
+    ),
+    "K objects with scores": (
+        {
+            "instruction": "Do",
+            "input": "this",
+            "completions": [
+                {"text": "fair", "score": 0.5},
+                {"text": "bad", "score": -1},
+                {"text": "best", "score": 9},
+            ],
+        },
+        ranked([user("Do\nthis")], ("fair", 1), ("bad", 2), ("best", 0)),
+    ),
+    "K ranks beside the answers, two of them equal": (
+        {"question": "Q", "answers": ["bad", "best", "fair", "also best"], "ranks": [4, 1, 3, 1]},
+        ranked([user("Q")], ("bad", 2), ("best", 0), ("fair", 1), ("also best", 0)),
+    ),
+    "K scores beside the answers, two of them equal": (
+        {"query": "Q", "candidates": ["bad", "best", "as bad"], "scores": [1, 4.5, 1.0]},
+        ranked([user("Q")], ("bad", 1), ("best", 0), ("as bad", 1)),
+    ),
+    "K messages with scores": (
+        {
+            "messages": [system("S"), user("Q1"), assistant("A1"), user("Q2")],
+            "responses": [{**assistant("bad"), "score": 1}, {"from": "gpt", "value": "best", "score": 2}],
+        },
+        ranked([system("S"), user("Q1"), assistant("A1"), user("Q2")], ("bad", 1), ("best", 0)),
+    ),
+    "K ShareGPT with system and tools, answers of several messages": (
+        {
+            "conversations": said(("human", "Q")),
+            "system": "S",
+            "tools": json.dumps([BARE_TOOL]),
+            "answers": [
+                said(("function_call", '{"name": "shop_hours"}'), ("observation", "8:00"), ("gpt", "From eight.")),
+                "No idea.",
+            ],
+        },
+        Ranking(
+            [system("S"), user("Q")],
+            [[call(("shop_hours", {})), tool("8:00"), assistant("From eight.")], [assistant("No idea.")]],
+            [0, 1],
+            [OPENAI_TOOL],
+        ),
+    ),
+    "K history and system": (
+        {"system": "S", "history": [["Q1", "A1"]], "question": "Q2", "answers": ["best", "bad"]},
+        ranked([system("S"), user("Q1"), assistant("A1"), user("Q2")], ("best", 0), ("bad", 1)),
+    ),
+    "K hh transcript": (
+        {"prompt": "\n\nHuman: Q\n\nAssistant:", "answers": [" best", "Assistant: bad"]},
+        ranked([user("Q")], ("best", 0), ("bad", 1)),
+    ),
     "V free text": (
         {"question": "Q", "answer": "rest", "topic": "x"},
         Question([user("Q")], "rest", "rest"),
@@ -417,6 +520,84 @@ REFUSED = {
         {"chosen": [user("Q"), assistant("A")], "rejected": [user("other"), assistant("A")]},
         "the prompt of a preference must end with a user message",
     ),
+    **{
+        f"margin {margin!r}": (
+            {"prompt": "Q", "chosen": "good", "rejected": "bad", "margin": margin},
+            f"field 'margin' must be a number, got {margin!r}",
+        )
+        for margin in ("2", True, [1], math.nan, math.inf)
+    },
+    "margin of whole dialogues that is no number": (
+        {"chosen": [user("Q"), assistant("good")], "rejected": [user("Q"), assistant("bad")], "margin": "large"},
+        "field 'margin' must be a number, got 'large'",
+    ),
+    "ranking of one answer": (
+        {"question": "Q", "answers": ["A"]},
+        "field 'answers' needs at least two answers to compare, got 1",
+    ),
+    "ranking of no answer": (
+        {"question": "Q", "candidates": [], "answers": []},
+        "no known format has the fields",
+    ),
+    "ranking with ranks for some": (
+        {"question": "Q", "answers": [{"answer": "A", "rank": 2}, {"answer": "B", "rank": 1}, {"answer": "C"}]},
+        "ranks must be one number for each of the 3 answers",
+    ),
+    "ranking by a number of another name": (
+        {"question": "Q", "completions": [{"response": "A", "grade": 2}, {"response": "B", "grade": 9}]},
+        "the completions hold numbers, but none is called 'rank' or 'score'",
+    ),
+    "ranking with a score that no float can hold": (
+        {"question": "Q", "answers": ["A", "B"], "scores": [10**400, 1]},
+        "scores must be one number for each of the 2 answers",
+    ),
+    "ranking in which all are equal": (
+        {"question": "Q", "answers": ["A", "B", "C"], "ranks": [2, 2, 2]},
+        "all answers of 'answers' have the same rank, so there is nothing to prefer",
+    ),
+    "scores that are all equal": (
+        {"question": "Q", "responses": [{"text": "A", "score": 1}, {"text": "B", "score": 1.0}]},
+        "all answers of 'responses' have the same rank",
+    ),
+    **{
+        f"{name} {values!r} for three answers": (
+            {"question": "Q", "answers": ["A", "B", "C"], name: values},
+            f"{name} must be one number for each of the 3 answers",
+        )
+        for name, values in (
+            ("ranks", [1, 2]),
+            ("ranks", [1, 2, 3, 4]),
+            ("ranks", [1, "2", 3]),
+            ("ranks", [1, None, 3]),
+            ("ranks", [False, True, True]),
+            ("ranks", 1),
+            ("scores", []),
+            ("scores", [0.5, math.nan, 1]),
+            ("scores", [0.5, math.inf, 1]),
+            ("scores", {"A": 1, "B": 2, "C": 3}),
+        )
+    },
+    "rank inside an answer that is no number": (
+        {"question": "Q", "answers": [{"text": "A", "rank": 1}, {"text": "B", "rank": "last"}]},
+        "ranks must be one number for each of the 2 answers",
+    ),
+    "ranked answer without text": (
+        {"question": "Q", "answers": ["A", {"rank": 2}]},
+        "an answer in 'answers' has no text; expected a string or an object with 'answer'",
+    ),
+    "ranked answer that is empty": ({"question": "Q", "answers": ["A", " \n"]}, "field 'answers[1]' is empty"),
+    "ranked answer that is a number": (
+        {"question": "Q", "answers": ["A", 5]},
+        "field 'answers[1]' is int; expected a string or a message",
+    ),
+    "ranked answer of the user": (
+        {"question": "Q", "answers": ["A", user("B")]},
+        "must be an answer of the assistant",
+    ),
+    "ranked answers behind an answer": (
+        {"messages": [user("Q"), assistant("A")], "answers": ["A", "B"]},
+        "must end with a user message",
+    ),
     "unknown keys": (
         {"frage": "Q", "antwort": "A"},
         "no known format has the fields ['antwort', 'frage']; expected one of: conversations + chosen + rejected; ",
@@ -445,6 +626,21 @@ ORDER = {
     ),
     "preference before instruction": ({"instruction": "I", "output": "A", "chosen": "a", "rejected": "b"}, Preference),
     "preference before question": ({"question": "Q", "answer": "A", "chosen": "a", "rejected": "b"}, Preference),
+    "preference before ranking": (
+        {"prompt": "Q", "chosen": "a", "rejected": "b", "answers": ["a", "b"]},
+        Preference,
+    ),
+    "ranking before question": ({"question": "Q", "answer": "b", "answers": ["a", "b"], "ranks": [2, 1]}, Ranking),
+    "ranking before instruction": (
+        {"instruction": "I", "output": "A", "responses": ["a", "b"], "scores": [1, 2]},
+        Ranking,
+    ),
+    "question before a ranking without order": ({"question": "Q", "answer": "b", "answers": ["b", "B"]}, Question),
+    "instruction before an empty ranking": ({"instruction": "I", "output": "A", "responses": []}, Conversation),
+    "ranking before conversation": (
+        {"messages": [user("Q")], "responses": ["a", "b"], "scores": [1, 2], "text": "t"},
+        Ranking,
+    ),
     "question before text": ({"question": "Q", "answer": "A", "text": "t"}, Question),
     "conversation before text": ({"messages": [user("Q"), assistant("A")], "text": "t"}, Conversation),
     "instruction before text": ({"instruction": "I", "input": "", "output": "A", "text": "I A"}, Conversation),
@@ -468,8 +664,22 @@ def test_data_format_forces_one_reading():
         to_canonical(record, "preference")
 
 
+def test_the_pairs_of_a_ranking_are_all_that_differ_in_rank_best_first():
+    a, b, c, d = ([assistant(text)] for text in "abcd")
+    found = Ranking([user("Q")], [a, b, c, d], [1, 0, 2, 1], [OPENAI_TOOL]).pairs()
+    expected = [(b, a), (b, d), (b, c), (a, c), (d, c)]
+    assert found == [Preference([user("Q")], better, worse, [OPENAI_TOOL], None) for better, worse in expected]
+
+
+@pytest.mark.parametrize("ranks", [[0, 1], [1, 0]])
+def test_a_ranking_of_two_is_one_preference(ranks):
+    best, worst = [assistant("best")], [assistant("worst")]
+    answers = [best, worst] if ranks == [0, 1] else [worst, best]
+    assert Ranking([user("Q")], answers, ranks).pairs() == [Preference([user("Q")], best, worst)]
+
+
 def test_an_unknown_data_format_names_the_known_ones():
-    known = "auto, conversation_preference, preference, question, conversation, instruction, text"
+    known = "auto, conversation_preference, preference, ranking, question, conversation, instruction, text"
     with pytest.raises(ValueError, match=f"--data_format 'sharegpt' is unknown; known: {known}"):
         adapter_named("sharegpt")
 
@@ -481,7 +691,7 @@ def test_whatever_a_record_holds_it_is_read_in_order_or_refused():
         *("text", "completion", "content", "conversations", "messages", "system", "tools", "instruction", "input"),
         *("output", "history", "question", "answer", "prompt", "chosen", "rejected", "chosen_messages"),
         *("rejected_messages", "from", "value", "role", "human", "assistant", "tool_calls", "function", "name"),
-        "arguments",
+        *("arguments", "answers", "responses", "ranks", "scores", "margin", "rank", "score"),
     ]
     words = ["", "Q", "\n\nHuman: a\n\nAssistant:", '{"name": "a"}', "[", "user", "assistant", "tool", "function_call"]
     speakers = ["human", "gpt", "system", "observation", "function_call"]
@@ -499,12 +709,14 @@ def test_whatever_a_record_holds_it_is_read_in_order_or_refused():
         return said(*((dice.choice(speakers), dice.choice(words)) for _ in range(dice.randrange(5))))
 
     letters = {"system": "S", "user": "U", "tool": "T"}
-    read = 0
+    read = ranked = 0
     for _ in range(20_000):
         record = {dice.choice(keys): value(3) for _ in range(dice.randrange(1, 5))}
         if dice.random() < 0.3:
             turns = ((dice.choice(speakers), dice.choice(["Q", '{"name": "a"}'])) for _ in range(dice.randrange(6)))
             record["conversations"] = said(*turns)
+        if dice.random() < 0.2:
+            record["answers"] = [dice.choice(["A", "B", value(2)]) for _ in range(dice.randrange(4))]
         try:
             canonical, _ = to_canonical(record)
         except RowError:
@@ -513,6 +725,11 @@ def test_whatever_a_record_holds_it_is_read_in_order_or_refused():
             dialogues = [canonical.messages]
         elif isinstance(canonical, Preference):
             dialogues = [[*canonical.prompt, *canonical.chosen], [*canonical.prompt, *canonical.rejected]]
+        elif isinstance(canonical, Ranking):
+            dialogues = [[*canonical.prompt, *answer] for answer in canonical.answers]
+            assert set(canonical.ranks) == set(range(max(canonical.ranks) + 1)), record
+            assert len(canonical.ranks) == len(dialogues) > 1 and canonical.pairs(), record
+            ranked += 1
         else:
             continue
         for messages in dialogues:
@@ -522,4 +739,4 @@ def test_whatever_a_record_holds_it_is_read_in_order_or_refused():
             assert re.fullmatch(r"S?(U(CT+)*[AC])+", roles), (roles, record)
             assert all(isinstance(message["content"], str) for message in messages)
         read += 1
-    assert read > 100
+    assert read > 100 and ranked > 50

@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted(ROOT.glob("scripts/*.sh")), ROOT / ".ci/run"]
 STAGES = [path for path in SCRIPTS if "\nlaunch " in path.read_text(encoding="utf-8")]
+PT = ROOT / "scripts/run_pt.sh"
 SHELLS = [shell for shell in ("sh", "dash", "bash") if shutil.which(shell)]
 # What env.sh reads and must not come from whoever runs the tests.
 READ = (
@@ -28,6 +29,16 @@ SHAPE = re.compile(
     r"choose_(base|parent \w+)\nlaunch \w+\.py \\\n((    --\w+|    \$\{\w+:\+--\w+)( .+)? \\\n)+    \$PRECISION \\\n"
     r"    \$\{DEEPSPEED:\+--deepspeed \"\$DEEPSPEED\"\} \\\n    \"\$@\"\n"
 )
+
+
+# learning rate and epochs on the starter, rows of a step there, learning rate and epochs on a real base
+SCALES = {
+    "run_pt.sh": (["3e-3", "3"], "2", ["2e-4", "1"]),
+    "run_sft.sh": (["4e-3", "8"], "4", ["2e-4", "2"]),
+    "run_rm.sh": (["1e-3", "4"], "4", ["1e-4", "1"]),
+    "run_dpo.sh": (["5e-4", "3"], "4", ["2e-5", "1"]),
+    "run_orpo.sh": (["1e-3", "3"], "4", ["5e-5", "1"]),
+}
 
 
 def by_name(path):
@@ -108,7 +119,7 @@ def copy_scripts(directory):
 
 
 def test_there_are_wrappers():
-    assert {"run_pt.sh", "run_sft.sh"} <= {path.name for path in STAGES}
+    assert set(SCALES) <= {path.name for path in STAGES}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -224,7 +235,7 @@ def test_several_machines_are_told_who_is_who(command):
     ],
 )
 def test_a_wrong_variable_is_named_and_ends_with_2(start, env, named):
-    result = start(STAGES[0], DRY_RUN="1", check=False, **env)
+    result = start(PT, DRY_RUN="1", check=False, **env)
     assert result.returncode == 2 and result.stdout == ""
     assert named in result.stderr.splitlines()[-1] and "error: " in result.stderr.splitlines()[-1]
 
@@ -276,7 +287,7 @@ def test_precision_can_be_chosen(command):
     ],
 )
 def test_one_line_tells_the_hardware(start, gpus, arguments, said):
-    lines = start(STAGES[0], *arguments, gpus=gpus, DRY_RUN="1", BASE_MODEL="a/b").stderr.splitlines()
+    lines = start(PT, *arguments, gpus=gpus, DRY_RUN="1", BASE_MODEL="a/b").stderr.splitlines()
     (line,) = [line for line in lines if line.startswith("hardware: ")]
     assert re.search(r"\b\d+ CPU cores?, " + said + "$", line)
 
@@ -284,11 +295,11 @@ def test_one_line_tells_the_hardware(start, gpus, arguments, said):
 def test_processes_share_the_cores(start, recorder, tmp_path):
     write_program(tmp_path / "bin/nproc", 'echo "${OMP_NUM_THREADS:-12}"\n')
     for env, share in (({}, 1), ({"NPROC": "2"}, 2), ({"NPROC": "5"}, 5), ({"NPROC": "40"}, 40)):
-        result = start(STAGES[0], PYTHON=recorder.program, BASE_MODEL="a/b", **env)
+        result = start(PT, PYTHON=recorder.program, BASE_MODEL="a/b", **env)
         cores = int(re.search(r"hardware: (\d+) CPU", result.stderr)[1])
         assert 1 <= cores <= 12  # fewer than nproc says where a container has a limit
         assert recorder.variables()["OMP_NUM_THREADS"] == str(max(1, cores // share))
-    result = start(STAGES[0], PYTHON=recorder.program, BASE_MODEL="a/b", OMP_NUM_THREADS="3")
+    result = start(PT, PYTHON=recorder.program, BASE_MODEL="a/b", OMP_NUM_THREADS="3")
     assert recorder.variables()["OMP_NUM_THREADS"] == "3" and f"hardware: {cores} CPU" in result.stderr
 
 
@@ -316,32 +327,32 @@ def test_base_model_and_output_root_are_honoured(wrapper, command, tmp_path):
 
 def test_a_model_given_as_an_argument_is_the_one_that_is_reported_and_none_is_built(start, recorder):
     for given in (("--model_name_or_path", "a/b"), ("--model_name_or_path=a/b",)):
-        result = start(STAGES[0], *given, PYTHON=recorder.program)
+        result = start(PT, *given, PYTHON=recorder.program)
         assert "model: a/b (" in result.stderr and "learning_rate 2e-4" in recorder.calls()[-1]
     assert not any("build_starter_model" in call for call in recorder.calls())
 
 
 def test_the_starter_is_built_once(start, recorder, tmp_path):
     starter = tmp_path / "outputs/starter"
-    start(STAGES[0], PYTHON=recorder.program)
+    start(PT, PYTHON=recorder.program)
     build, train = recorder.calls()
     assert build == f"-m tools.build_starter_model --output_dir {starter}"
     assert train.startswith(f"pretraining.py --model_name_or_path {starter} ")
     assert not Path(f"{starter}.lock").exists()
     write_stage(starter, ".")
-    start(STAGES[0], PYTHON=recorder.program)
+    start(PT, PYTHON=recorder.program)
     assert len(recorder.calls()) == 3
 
 
 def test_a_failed_build_ends_the_start_and_frees_the_lock(start, tmp_path):
     failing = write_program(tmp_path / "recorder/python", 'echo "called $1"\nexit 7\n')
-    result = start(STAGES[0], PYTHON=str(failing), check=False)
+    result = start(PT, PYTHON=str(failing), check=False)
     assert result.returncode == 7 and result.stderr.count("called") == 1 and result.stdout == ""
     assert list((tmp_path / "outputs").iterdir()) == []
 
 
 def test_a_dry_run_builds_nothing(start, recorder, tmp_path):
-    result = start(STAGES[0], PYTHON=recorder.program, DRY_RUN="1")
+    result = start(PT, PYTHON=recorder.program, DRY_RUN="1")
     assert "would be built first" in result.stderr
     assert not (tmp_path / "outputs").exists() and not (tmp_path / "calls").exists()
 
@@ -351,9 +362,7 @@ def test_the_size_of_the_base_sets_the_scale_and_the_user_wins(wrapper, command,
     write_stage(tmp_path / "outputs/starter", ".")
     write_stage(tmp_path / "outputs/mine", "../starter")
     write_stage(tmp_path / "outputs/other", "a/b")
-    small = {"run_pt.sh": ["3e-3", "3"], "run_sft.sh": ["4e-3", "8"]}[wrapper.name]
-    rows = {"run_pt.sh": "2", "run_sft.sh": "4"}[wrapper.name]
-    large = {"run_pt.sh": ["2e-4", "1"], "run_sft.sh": ["2e-4", "2"]}[wrapper.name]
+    small, rows, large = SCALES[wrapper.name]
     flags = ("learning_rate", "num_train_epochs", "lora_rank", "lora_alpha", "per_device_train_batch_size")
     for base, scale in (
         ("starter", [*small, "32", "64", rows]),
@@ -445,7 +454,7 @@ def test_the_tests_may_use_all_cores_whatever_the_gpus(start, recorder, tmp_path
 
 
 def test_nothing_is_reported_to_anybody_and_the_environment_comes_first_on_path(start, recorder):
-    start(STAGES[0], PYTHON=recorder.program, BASE_MODEL="a/b", HF_ENDPOINT="https://mirror.example")
+    start(PT, PYTHON=recorder.program, BASE_MODEL="a/b", HF_ENDPOINT="https://mirror.example")
     variables = recorder.variables()
     assert variables["HF_HUB_DISABLE_TELEMETRY"] == variables["DO_NOT_TRACK"] == "1"
     assert variables["GRADIO_ANALYTICS_ENABLED"] == "False"
