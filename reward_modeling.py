@@ -180,7 +180,7 @@ def main():
 
     tokenizer = load_tokenizer(run.source, model_args)
     run.chat = chat = prepare_chat(tokenizer, prompt_args.template_name)
-    config = load_config(run.source, model_args, longest=pair_args.max_length)
+    config = load_config(run.source, model_args, longest=pair_args.max_length, scores=True)
     prepare_to_score(config, padding_id(tokenizer, chat.stop_ids))
     datasets, probes = load_pairs(run, data_args, chat, pair_args.max_length, whole_answers=True)
     if pair_args.preview:

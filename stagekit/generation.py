@@ -122,8 +122,6 @@ def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=F
     """
     args = _model_arguments(source, **quantization)
     config = load_config(source, args)
-    if any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-        raise ValueError(f"{source.base} is a reward model: it scores answers and cannot write any")
     model = _load_base(source, args, config, only_cpu)
     _fit_embeddings(model, chat.tokenizer, resize_emb)
     defaults = model.generation_config

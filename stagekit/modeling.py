@@ -59,17 +59,18 @@ def explain_hub_error(name: str, error: Exception) -> ValueError:
     )
 
 
-def load_config(source: Source, model_args, longest: int | None = None):
+def load_config(source: Source, model_args, longest: int | None = None, scores: bool = False):
     """Read the model's configuration and apply --rope_scaling.
 
     Args:
         source: what checkpoint.resolve found.
         model_args: ModelArguments.
         longest: the longest sequence the run will see, in tokens.
+        scores: the model will score answers; else it writes them, which a reward model cannot.
 
     Raises:
-        ValueError: the hub cannot be reached, the directory is no model, or the text is longer than the model's
-            positions and --rope_scaling was not asked for.
+        ValueError: a reward model is asked to write, the hub cannot be reached, the directory is no model, or the
+            text is longer than the model's positions and --rope_scaling was not asked for.
     """
     try:
         config = AutoConfig.from_pretrained(
@@ -82,6 +83,9 @@ def load_config(source: Source, model_args, longest: int | None = None):
         if not os.path.isdir(source.base):
             raise explain_hub_error(source.base, error) from error
         raise ValueError(f"{source.base}: not a model that transformers can load ({_first_line(error)})") from error
+    if not scores and is_reward_model(source, config):
+        name = source.directory or source.base
+        raise ValueError(f"{name} is a reward model: it scores answers and cannot write any")
     inherited = (source.stage or {}).get("base_model", {})
     for name in STRETCHED:  # an adapter trained on stretched positions needs them ever after
         if (source.adapter or source.merged) and name in inherited:
@@ -249,13 +253,8 @@ def load_model(source: Source, model_args, training_args, config, scores: bool =
     """Load the base weights on this process's own device, with a head that writes or, if `scores`, one that scores.
 
     Raises:
-        ValueError: missing packages, weights that do not belong to the configuration, or a reward model that is asked
-            to write.
+        ValueError: missing packages, or weights that do not belong to the configuration.
     """
-    if not scores and is_reward_model(source, config):
-        raise ValueError(
-            f"{source.directory or source.base} is a reward model: it scores answers and cannot write any"
-        )
     quantization = quantization_config(model_args)
     dtype = model_args.dtype
     if dtype == "auto" and training_args.bf16:

@@ -33,7 +33,7 @@ def load_reward_model(directory: str, only_cpu: bool = False) -> RewardModel:
     """
     source = resolve(directory)
     model_args = ModelArguments(model_name_or_path=directory)
-    config = load_config(source, model_args)
+    config = load_config(source, model_args, scores=True)
     if not is_reward_model(source, config):
         raise ValueError(f"{directory} is no reward model (it writes answers); reward_modeling.py trains one")
     tokenizer = load_tokenizer(source, model_args)

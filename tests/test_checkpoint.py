@@ -18,6 +18,7 @@ from stagekit.checkpoint import (
     read_stage,
     relative,
     resolve,
+    stage_fingerprint,
     verify_stage,
     why_incomplete,
     write_stage,
@@ -183,6 +184,75 @@ def test_a_base_that_stands_elsewhere_keeps_its_place(outputs, tmp_path):
     make_stage(outputs / "dpo", base, outputs / "sft")
     assert read_stage(outputs / "dpo")["base_model"]["name_or_path"] == str(base)
     assert resolve(str(outputs / "dpo")).base == str(base)
+
+
+def merge_parents(directory, *parents):
+    """Note down in a stage's record, as a run with --new_adapter does, which adapters are merged into its base."""
+    record = read_stage(directory)
+    record["base_model"]["merged"] = [
+        {"path": relative(str(parent), directory), "fingerprint": stage_fingerprint(read_stage(parent))}
+        for parent in parents
+    ]
+    write_stage(directory, record)
+    return directory
+
+
+def test_adapters_that_were_merged_are_found_in_their_order(outputs):
+    assert resolve(str(outputs / "sft")).merged == []
+    make_stage(outputs / "rm", outputs / "base", outputs / "sft")
+    merge_parents(outputs / "rm", outputs / "pt", outputs / "sft")
+    assert [part["path"] for part in read_stage(outputs / "rm")["base_model"]["merged"]] == ["../pt", "../sft"]
+    source = resolve(str(outputs / "rm"))
+    assert (source.base, source.adapter) == (str(outputs / "base"), str(outputs / "rm"))
+    assert source.merged == [str(outputs / "pt"), str(outputs / "sft")]
+    beside = resolve(str(outputs / "base"), str(outputs / "rm"))  # with --peft_path, too
+    assert beside.merged == source.merged
+
+
+def test_merged_adapters_move_with_the_outputs(outputs, tmp_path):
+    merge_parents(outputs / "sft", outputs / "pt")
+    shutil.move(outputs, tmp_path / "moved")
+    assert resolve(str(tmp_path / "moved" / "sft")).merged == [str(tmp_path / "moved" / "pt")]
+
+
+def test_a_merged_adapter_that_stands_elsewhere_keeps_its_place(outputs, tmp_path):
+    elsewhere = make_stage(tmp_path / "models" / "pt", outputs / "base", name="pt")
+    merge_parents(outputs / "sft", elsewhere)
+    assert read_stage(outputs / "sft")["base_model"]["merged"][0]["path"] == str(elsewhere)
+    assert resolve(str(outputs / "sft")).merged == [str(elsewhere)]
+
+
+@pytest.mark.parametrize("what", ["pt", "pt/stage.json"])
+def test_a_merged_adapter_that_is_not_there_is_named(outputs, what):
+    merge_parents(outputs / "sft", outputs / "pt")
+    target = outputs / what
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    for verify in (True, False):
+        with pytest.raises(FileNotFoundError) as refusal:
+            resolve(str(outputs / "sft"), verify=verify)
+        wanted = f"{outputs / 'pt'}: {outputs / 'sft'} was trained on a base with this adapter merged; it is not there"
+        assert str(refusal.value) == wanted
+
+
+def test_a_merged_adapter_whose_file_was_changed_is_named(outputs):
+    merge_parents(outputs / "sft", outputs / "pt")
+    write(outputs / "pt" / "adapter_model.safetensors", "changed")
+    with pytest.raises(ValueError, match=r"pt/adapter_model.safetensors: changed after the stage was saved"):
+        resolve(str(outputs / "sft"))
+    assert resolve(str(outputs / "sft"), verify=False).merged == [str(outputs / "pt")]
+
+
+def test_a_merged_adapter_that_was_trained_again_is_another_one(outputs):
+    """Its files agree with its own record, but not with what was merged."""
+    merge_parents(outputs / "sft", outputs / "pt")
+    write(outputs / "pt" / "adapter_model.safetensors", "trained again")
+    write_stage(outputs / "pt", read_stage(outputs / "pt"))
+    verify_stage(outputs / "pt", read_stage(outputs / "pt"))
+    with pytest.raises(ValueError) as refusal:
+        resolve(str(outputs / "sft"))
+    assert str(refusal.value) == (
+        f"{outputs / 'pt'}: not the stage that {outputs / 'sft'} was trained on (its fingerprint differs)"
+    )
 
 
 def test_a_hub_name_is_not_taken_for_a_path(tmp_path):
@@ -399,6 +469,16 @@ def test_a_run_does_not_write_where_it_starts_from(outputs, overwrite):
             check_output_dir(outputs / name, overwrite, False, resolve(str(outputs / name)))
         with pytest.raises(ValueError, match="is what the run starts from"):
             check_output_dir(outputs / "pt" / ".." / name, overwrite, False, resolve(str(outputs / name)))
+
+
+# fails until check_output_dir counts source.merged to what a run starts from
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_does_not_write_where_an_adapter_stands_that_it_merges(outputs, overwrite):
+    merge_parents(outputs / "sft", outputs / "pt")
+    source = resolve(str(outputs / "sft"))
+    with pytest.raises(ValueError, match="--output_dir .*pt is what the run starts from"):
+        check_output_dir(outputs / "pt", overwrite, False, source)
+    check_output_dir(outputs / "rm", overwrite, False, source)
 
 
 def test_overwriting_deletes_what_a_run_wrote_and_nothing_else(outputs):

@@ -21,7 +21,17 @@ import inference
 import supervised_finetuning
 from dpo_training import LOSSES
 
-COMMON = ("--do_train", "--do_eval", "--max_length", "128", "--logging_steps", "1", "--report_to", "none")
+COMMON = (
+    "--do_train",
+    "--do_eval",
+    "--max_length",
+    "128",
+    "--logging_steps",
+    "1",
+    "--report_to",
+    "none",
+    "--save_strategy=no",
+)
 LN2 = math.log(2)
 
 
@@ -490,6 +500,7 @@ def passed(output_dir):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_reference_is_the_parent_whatever_its_adapter(data, bases, tmp_path, kind):
+    # Fails for dora today: _changed_reference looks for lora_magnitude_vector.weight, files say lora_magnitude_vector.
     architecture, flags = KINDS[kind]
     base, template = bases[architecture], ("--template_name", "chatml") if architecture == "llama" else ()
     train(supervised_finetuning, *sft_flags(data, base, tmp_path / "sft", *flags, *template))
@@ -502,6 +513,7 @@ def test_the_reference_is_the_parent_whatever_its_adapter(data, bases, tmp_path,
 
 
 def test_the_reference_of_a_quantised_base_is_the_parent(data, tiny_qwen3, tmp_path):
+    # Fails today: TRL rounds the policy to bf16 in __init__, and .float() behind it does not bring the parent back.
     qlora = ("--qlora", "True", "--learning_rate", "1e-2")
     train(supervised_finetuning, *sft_flags(data, tiny_qwen3, tmp_path / "sft", *qlora))
     flags = ("--max_steps", "2", *qlora)
@@ -579,6 +591,7 @@ def test_the_reference_may_be_computed_beforehand(data, sft, tiny_qwen3, tmp_pat
 
 def test_what_was_computed_beforehand_is_not_taken_for_other_settings(data, sft, tmp_path):
     """The same data and reference, but --ld_alpha changes what a reference's log-probability is."""
+    # Fails today: TRL's cache key holds the dataset and the weights, not --ld_alpha.
     beforehand = ("--max_steps", "1", "--precompute_ref_log_probs", "True", "--data_cache_dir", tmp_path / "cache")
     train(dpo_training, *dpo_flags(data, sft, tmp_path / "plain", *beforehand))
     train(dpo_training, *dpo_flags(data, sft, tmp_path / "ld", *beforehand, "--ld_alpha", "0.25"))
@@ -586,6 +599,7 @@ def test_what_was_computed_beforehand_is_not_taken_for_other_settings(data, sft,
 
 
 def test_what_is_computed_beforehand_is_without_dropout(data, sft, tmp_path):
+    # Fails today: _precompute runs before anything has called model.eval().
     flags = ("--max_steps", "1", "--precompute_ref_log_probs", "True", "--disable_dropout", "False")
     train(dpo_training, *dpo_flags(data, sft, tmp_path / "dpo", *flags, "--data_cache_dir", tmp_path / "cache"))
     assert passed(tmp_path / "dpo")
@@ -681,9 +695,10 @@ def test_wrong_log_probabilities_of_the_fused_head_are_caught(data, sft, tmp_pat
         ),
         (("--beta", "0"), "--beta must be positive, got 0"),
         (("--ld_alpha", "1.5"), "--ld_alpha must be in [0, 1], got 1.5"),
+        # These two fail today: TRL refuses them after the model is loaded, the second one as a NotImplementedError.
         (("--loss_type", "exo_pair"), "--label_smoothing"),
+        (("--loss_type", "aot", "--use_weighting", "True"), "--use_weighting"),
         (("--loss_type", "bco_pair", "--f_divergence_type", "js_divergence"), "f_divergence_type"),
-        (("--loss_type", "aot", "--use_weighting", "True"), "use_weighting"),
         (("--f_divergence_type", "kl"), "invalid choice: 'kl'"),
     ],
 )

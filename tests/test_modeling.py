@@ -441,7 +441,7 @@ def gradients(model):
 )
 @pytest.mark.parametrize("chunk", [1024, 5])
 def test_the_loss_and_its_gradients_are_those_of_cross_entropy(request, monkeypatch, architecture, keeps, chunk):
-    monkeypatch.setattr("stagekit.run.CHUNK_TOKENS", chunk)
+    monkeypatch.setattr("stagekit.trainers.CHUNK_TOKENS", chunk)
     model = load(request.getfixturevalue(architecture)).float()
     inputs, labels = batch_of()
     if architecture == "tiny_bloom":

@@ -1,4 +1,4 @@
-"""The wrappers for real: base, run_pt.sh, run_sft.sh, inference.py; on one process, on two, and under DeepSpeed."""
+"""The wrappers for real, from a base to answers and scores; on one process, on two, and under DeepSpeed."""
 
 import json
 import os
@@ -43,6 +43,13 @@ def test_the_wrappers_walk_from_a_base_to_an_answer(tiny_qwen3, tmp_path, proces
         "checkpoint-1",
         "checkpoint-2",
     }
+    few = (*few, "--validation_file_dir", ROOT / "data/eval/preferences.jsonl", "--max_eval_samples", "8")
+    for name in ("rm", "dpo", "orpo"):
+        result = run("sh", ROOT / f"scripts/run_{name}.sh", *few, "--max_train_samples", "24")
+        assert "continues the stage found there" in result.stderr
+        stage = stage_of(tmp_path / "outputs" / name)
+        assert stage["parent"]["path"] == "../sft" and all(check["passed"] for check in stage["checks"].values())
+        assert stage["data"]["train"]["files"][0].startswith("data/reward/")
     flags = (
         "--lora_model",
         tmp_path / "outputs" / "sft",
