@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from trl import DPOConfig, DPOTrainer
 
@@ -38,7 +38,7 @@ from stagekit.pair_metrics import pair_accuracy, weighted_mean
 from stagekit.pairs import PairCollator
 from stagekit.run import check_memory, finish_run, load_pairs, print_preview, run_stage, start_run
 from stagekit.tokenization import prepare_chat
-from stagekit.trainers import PairMixin, add_settings
+from stagekit.trainers import PairMixin, add_settings, exact_adapters
 
 LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -119,6 +119,10 @@ class DPOArguments:
                 f"--label_smoothing is read by the losses {', '.join(sorted(smoothed))}, not by {self.loss_type[0]}; "
                 "robust is the paper's loss for flipped labels"
             )
+        if "exo_pair" in self.loss_type and not self.label_smoothing:
+            raise ValueError("--loss_type exo_pair needs --label_smoothing above 0, e.g. 0.001")
+        if self.use_weighting and {"aot", "aot_unpaired"} & set(self.loss_type):
+            raise ValueError("--use_weighting True weighs pairs, which aot and aot_unpaired sort and so lose")
         if self.ld_alpha is not None and not 0 <= self.ld_alpha <= 1:
             raise ValueError(f"--ld_alpha must be in [0, 1], got {self.ld_alpha}")
 
@@ -158,18 +162,20 @@ class Recorder:
 
 
 class PolicyTrainer(PairMixin, DPOTrainer):
-    """TRL's DPOTrainer with the right reference, exact means over the global batch, and one adapter on disk."""
+    """TRL's DPOTrainer with the right reference, exact means over the global batch, and one adapter on disk.
+
+    TRL's losses are means over a batch, so here every pair counts once, the pairs of a ranking too.
+    """
 
     def __init__(self, run, dpo_args, **kwargs):
         self.dpo_args = dpo_args
+        self.compared = None  # what _compare_reference found, if the reference is gone by the first step
         args = kwargs["args"]
         has_adapter = isinstance(kwargs["model"], PeftModel)
         # TRL would compute them in __init__, before its incomplete copy of the adapter is completed below
         args.precompute_ref_log_probs = dpo_args.precompute_ref_log_probs and not has_adapter
-        super().__init__(run, **kwargs)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:  # TRL rounds adapters on quantised bases to bf16
-                parameter.data = parameter.data.float()
+        with exact_adapters(kwargs["model"]):
+            super().__init__(run, **kwargs)
         if has_adapter and run.source.adapter:
             copy_adapter(self.model, "default", "ref")
         elif has_adapter:  # a fresh adapter changes nothing yet: the base itself is the reference
@@ -180,9 +186,10 @@ class PolicyTrainer(PairMixin, DPOTrainer):
     def _precompute(self):
         from trl.trainer.utils import hash_module
 
-        self._precompute_model_hash = hash_module(self.model)
+        self._precompute_model_hash = f"{hash_module(self.model)} {self.ld_alpha}"  # what TRL's cache depends on
         size = self.args.per_device_train_batch_size
-        self.changed_reference = self._changed_reference()
+        self.compared = self._compare_reference()
+        self.model.eval()
         self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", size)
         self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", size)
         if "ref" in self.model.peft_config:
@@ -201,7 +208,10 @@ class PolicyTrainer(PairMixin, DPOTrainer):
         """TRL's mean loss over the pairs of a batch, and what is known of each pair."""
         inputs = {name: value for name, value in inputs.items() if name not in ("weights", "margins")}
         if "ref_chosen_logps" not in inputs:
+            was_training = self.model.training
+            self.model.eval()  # no dropout in the reference, whatever the policy has
             reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            self.model.train(was_training)
             inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = reference
         self.precompute_ref_logps = True  # from here on TRL finds them in the batch
         recorder = Recorder(model)
@@ -285,27 +295,25 @@ class PolicyTrainer(PairMixin, DPOTrainer):
         self._metrics["eval"].clear()
         difference = ((plain.squeeze(-1) * mask) - token_logps).abs().max().item()
         eq7 = loss.item() if self.dpo_args.is_plain() else None
-        changed = getattr(self, "changed_reference", None)
-        changed = self._changed_reference() if changed is None else changed
+        compared = self.compared or self._compare_reference()
         resumed = self.run.resume is not None
         self.run.checks.run(
-            "reference_is_parent", checks.reference_is_parent, model, rows, eq7, difference, changed, resumed
+            "reference_is_parent", checks.reference_is_parent, model, rows, eq7, difference, *compared, resumed
         )
 
-    def _changed_reference(self):
-        """Names of the reference adapter's tensors that differ from what the parent stage saved."""
+    def _compare_reference(self):
+        """(names of the reference adapter's tensors that differ from the parent's file, number of those compared)."""
         if not isinstance(self.model, PeftModel) or "ref" not in self.model.peft_config:
-            return []
+            return [], 0
         saved = load_peft_weights(self.run.source.adapter, device="cpu")
-        changed = []
-        for name, parameter in self.model.named_parameters():
-            parts = name.split(".")
-            if "ref" not in parts or hasattr(parameter, "ds_id"):  # ZeRO-3 leaves a part of it on each process
-                continue
-            key = ".".join(part for part in parts if part not in ("ref", "modules_to_save"))
-            if key not in saved or not torch.equal(saved[key].to(parameter.dtype), parameter.detach().cpu()):
-                changed.append(key)
-        return changed
+        held = get_peft_model_state_dict(self.model, adapter_name="ref")
+        held = {name: value for name, value in held.items() if value.numel()}  # ZeRO-3 holds parts, and these as empty
+        changed = [
+            name
+            for name, value in held.items()
+            if name not in saved or not torch.equal(saved[name].to(value.dtype), value.detach().cpu())
+        ]
+        return changed, len(held)
 
     def _save(self, output_dir=None, state_dict=None):
         """The reference is the parent's adapter, which has its own directory: a stage holds one adapter."""

@@ -42,7 +42,7 @@ from stagekit.pair_metrics import by_length, calibration, correlation, draw_scor
 from stagekit.pairs import PairCollator, padding_id
 from stagekit.run import check_memory, finish_run, load_pairs, print_preview, run_stage, start_run
 from stagekit.tokenization import prepare_chat
-from stagekit.trainers import PairMixin, add_settings
+from stagekit.trainers import PairMixin, add_settings, exact_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -93,11 +93,9 @@ class RewardModelTrainer(PairMixin, RewardTrainer):
     """TRL's RewardTrainer with rankings whose prompts count once, exact means, and a report on the scores."""
 
     def __init__(self, run, reward_args, **kwargs):
-        super().__init__(run, **kwargs)
+        with exact_adapters(kwargs["model"]):
+            super().__init__(run, **kwargs)
         self.reward_args = reward_args
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:  # TRL rounds adapters on quantised bases to bf16, the head with them
-                parameter.data = parameter.data.float()
 
     def _scores(self, model, inputs):
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -132,7 +130,7 @@ class RewardModelTrainer(PairMixin, RewardTrainer):
             "margin": weighted_mean(chosen - rejected, weights),
             "score_chosen": weighted_mean(chosen, weights),
             "score_rejected": weighted_mean(rejected, weights),
-            "calibration_error": calibration(chosen, rejected)[0],
+            "calibration_error": calibration(chosen, rejected, weights)[0],
             "length_correlation": correlation(lengths, np.concatenate([chosen, rejected])),
             "pairs": len(chosen),
         }
@@ -146,9 +144,9 @@ class RewardModelTrainer(PairMixin, RewardTrainer):
 
     def report(self, output_dir):
         """Write scores.png; say how accuracy depends on length, and what length alone would get right."""
-        rows, weights = self.rows, np.ones(len(self.rows["chosen"]))
+        rows, weights = self.rows, self.row_weights
         sides = [rows[name] for name in ("chosen", "rejected", "chosen_length", "rejected_length")]
-        bins = calibration(*sides[:2])[1]
+        bins = calibration(*sides[:2], weights)[1]
         draw_scores(*sides, bins, output_dir / "scores.png", "held-out scores")
         groups = by_length(*sides, weights)
         for group in groups:
@@ -181,7 +179,8 @@ def main():
     tokenizer = load_tokenizer(run.source, model_args)
     run.chat = chat = prepare_chat(tokenizer, prompt_args.template_name)
     config = load_config(run.source, model_args, longest=pair_args.max_length, scores=True)
-    prepare_to_score(config, padding_id(tokenizer, chat.stop_ids))
+    tokenizer.pad_token_id = padding_id(tokenizer, chat.stop_ids)  # Trainer hands it on to the model
+    prepare_to_score(config, tokenizer.pad_token_id)
     datasets, probes = load_pairs(run, data_args, chat, pair_args.max_length, whole_answers=True)
     if pair_args.preview:
         return print_preview(chat, probes, pair_args.preview)
@@ -197,7 +196,7 @@ def main():
         args=training_args,
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
-        data_collator=PairCollator(config.get_text_config().pad_token_id),
+        data_collator=PairCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
     finish_run(trainer, run, tokenizer)

@@ -348,7 +348,8 @@ def check_output_dir(output_dir: str | Path, overwrite: bool, resume: bool, sour
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ValueError(f"--output_dir {output_dir} cannot be written ({existing} is no directory, or read-only)")
-    origins = [place for place in (source.directory, source.adapter, source.base) if place and os.path.isdir(place)]
+    places = (source.directory, source.adapter, source.base, *source.merged)
+    origins = [place for place in places if place and os.path.isdir(place)]
     if path.exists() and any(path.samefile(place) for place in origins):
         raise ValueError(f"--output_dir {output_dir} is what the run starts from; write somewhere else, to keep both")
     unfinished = list_checkpoints(path) if not (path / STAGE_FILE).is_file() else []

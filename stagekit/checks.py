@@ -1,5 +1,6 @@
 """Checks that stop a run which does not train what it claims. Each is cheap, runs every time and prints one line."""
 
+import json
 import logging
 import math
 import os
@@ -271,20 +272,26 @@ def score_position(model, inputs: dict, stop_id: int) -> tuple[str, str]:
         )
     scores = model(**inputs, use_cache=False).logits.float().squeeze(-1)
     rows = [0, len(lengths) // 2]  # one better and one worse answer: as many forward passes on every process
-    alone = [
-        model(
-            input_ids=inputs["input_ids"][row : row + 1, : lengths[row]],
-            attention_mask=inputs["attention_mask"][row : row + 1, : lengths[row]],
-            use_cache=False,
-        ).logits.float()
-        for row in rows
-    ]
-    difference = (torch.cat(alone).squeeze(-1) - scores[rows]).abs().max().item()
+    head = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "score")
+    dtype = next(head.parameters()).dtype  # outside of the model's forward there is no autocast
+    alone, at_the_end = [], []
+    for row in rows:
+        ids, mask = (inputs[name][row : row + 1, : lengths[row]] for name in ("input_ids", "attention_mask"))
+        out = model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        alone.append(out.logits.float().flatten())
+        at_the_end.append(head(out.hidden_states[-1][:, -1].to(dtype)).float().flatten())
+    difference = (torch.cat(alone) - scores[rows]).abs().max().item()
+    elsewhere = (torch.cat(alone) - torch.cat(at_the_end)).abs().max().item()
     limit = (1e-4 if _computes_in_fp32(model) else 5e-2) * max(1.0, scores.abs().max().item())
     if not difference <= limit:
         raise CheckError(
             f"the score of an answer changes by {difference:.2g} with the padding behind it: the model does not read "
             "it at the end-of-turn token"
+        )
+    if not elsewhere <= limit:
+        raise CheckError(
+            f"the score is not that of the end-of-turn token, it differs by {elsewhere:.2g}: the model takes that "
+            "token for padding"
         )
     return (
         f"{len(last)} sequences scored at token {stop_id}, padding changes scores by {difference:.1g}",
@@ -300,7 +307,13 @@ def _computes_in_fp32(model):
 
 
 def reference_is_parent(
-    model, rows: dict[str, torch.Tensor], loss: float | None, plain: float, changed: list[str], resumed: bool
+    model,
+    rows: dict[str, torch.Tensor],
+    loss: float | None,
+    plain: float,
+    changed: list[str],
+    num_compared: int,
+    resumed: bool,
 ) -> tuple[str, str]:
     """At step 0 policy and reference are the parent's policy: log-ratios are 0, so KL is 0 and DPO's loss is ln 2.
 
@@ -311,6 +324,7 @@ def reference_is_parent(
         loss: of the batch, where it is Eq. 7 of arXiv:2305.18290; None for other losses.
         plain: largest difference between the trainer's token log-probabilities and those of the model's own logits.
         changed: names of reference tensors that differ from what the parent saved.
+        num_compared: how many tensors were compared with it.
         resumed: the policy has been trained already, so only the reference's tensors can be compared.
     """
     if changed:
@@ -319,7 +333,7 @@ def reference_is_parent(
             "would be held to a policy that nobody trained"
         )
     if resumed:
-        return "reference tensors equal the parent's (resumed: the policy has moved on)", "exact"
+        return f"{num_compared} reference tensors equal the parent's (resumed: the policy has moved on)", "exact"
     sides = [
         (rows[f"policy_{side}"] - rows[f"reference_{side}"]).abs().max().item() for side in ("chosen", "rejected")
     ]
@@ -333,7 +347,7 @@ def reference_is_parent(
         )
     if not plain <= 5e-2:
         raise CheckError(f"token log-probabilities differ from those of the model's logits by {plain:.3g} nats")
-    value = f"log-ratios and KL {max(sides):.1g} nats"
+    value = f"{num_compared} tensors equal the parent's, log-ratios and KL {max(sides):.1g} nats"
     if loss is not None:
         if not abs(loss - math.log(2)) <= (1e-4 if exact else 5e-2):
             raise CheckError(f"the loss before the first step is {loss:.6f} instead of ln 2")
@@ -395,7 +409,21 @@ def finite(value: float, step: int) -> tuple[str, str]:
     return f"every logged loss up to step {step}", "finite"
 
 
-def saved_is_loaded(directory: str, reference: dict[str, torch.Tensor], compare_logits=None) -> tuple[str, str]:
+def _check_score_head(directory, reference):
+    """The score head was trained, and an adapter's configuration makes whoever loads it load the head."""
+    if not any(name.endswith("score.weight") for name in reference):
+        raise CheckError("the score head is not among what is trained and saved; every reload would draw another one")
+    path = os.path.join(directory, "adapter_config.json")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as stream:
+            config = json.load(stream)
+        if config.get("task_type") != "SEQ_CLS" or "score" not in (config.get("modules_to_save") or []):
+            raise CheckError(f"{path} does not name the score head in modules_to_save: it would not be loaded")
+
+
+def saved_is_loaded(
+    directory: str, reference: dict[str, torch.Tensor], compare_logits=None, scores: bool = False
+) -> tuple[str, str]:
     """Read the saved tensors back and compare them with the ones in memory.
 
     Args:
@@ -403,8 +431,12 @@ def saved_is_loaded(directory: str, reference: dict[str, torch.Tensor], compare_
         reference: tensors in memory under the names the files use.
         compare_logits: function that loads the saved adapter into the model and returns the largest difference of
             logits, where that can be done.
+        scores: a reward model, which is worth nothing without its score head.
     """
     from safetensors import safe_open
+
+    if scores:
+        _check_score_head(directory, reference)
 
     loaded = {}
     for name in sorted(os.listdir(directory)):

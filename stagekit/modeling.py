@@ -244,8 +244,9 @@ def prepare_to_score(config, pad_token_id: int) -> None:
 
 def is_reward_model(source: Source, config) -> bool:
     """Whether what a run starts from scores answers and cannot write any."""
-    if source.adapter:
-        return PeftConfig.from_pretrained(source.adapter).task_type == "SEQ_CLS"
+    adapters = [*source.merged, *filter(None, [source.adapter])]
+    if adapters:
+        return any(PeftConfig.from_pretrained(adapter).task_type == "SEQ_CLS" for adapter in adapters)
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
 
 
@@ -282,8 +283,8 @@ def load_model(source: Source, model_args, training_args, config, scores: bool =
         )
     auto = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     level = transformers_logging.get_verbosity()
-    if scores and not is_reward_model(source, config):
-        transformers_logging.set_verbosity_error()  # that the score head is new is no news
+    if scores:
+        transformers_logging.set_verbosity_error()  # that the score head is new, or the adapter's, is no news
     try:
         model = auto.from_pretrained(
             source.base,
@@ -331,7 +332,7 @@ def _load_adapter_weights(model, directory):
     """Load what an adapter directory holds, but for a head the model does not have; a score head stays as it is."""
     state = get_peft_model_state_dict(model)
     saved = load_peft_weights(directory, device="cpu")
-    if has_score_head(model):
+    if has_score_head(model.get_base_model()):
         saved = {name: value for name, value in saved.items() if not any(f".{head}." in name for head in OUTPUT_HEADS)}
     unknown = sorted(set(saved) - set(state))
     missing = sorted(name for name in set(state) - set(saved) if ".score." not in name)
@@ -415,8 +416,7 @@ def continue_adapter(model, directory: str) -> PeftModel:
     if not has_score_head(model) or lora.task_type == "SEQ_CLS":
         return PeftModel.from_pretrained(model, directory, is_trainable=True)
     fitting = _fitting(lora, model)
-    fitting.modules_to_save = [*(fitting.modules_to_save or []), "score"]
-    model = get_peft_model(model, fitting)
+    model = get_peft_model(model, fitting)  # a SEQ_CLS adapter trains and saves the score head, by PEFT's own rule
     _load_adapter_weights(model, directory)
     return model
 
@@ -427,7 +427,7 @@ def lora_config(model, lora_args) -> LoraConfig:
     whole = [name.strip() for name in (lora_args.modules_to_save or "").split(",") if name.strip()]
     scores = has_score_head(model)
     if scores:
-        whole = [*(name for name in whole if name not in (*OUTPUT_HEADS, "score")), "score"]
+        whole = [name for name in whole if name not in (*OUTPUT_HEADS, "score")]  # PEFT adds the score head itself
     tied = bool(getattr(model.config, "tie_word_embeddings", False)) and not scores
     if tied and whole:
         head = [name for name in whole if name in OUTPUT_HEADS]

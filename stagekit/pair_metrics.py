@@ -46,7 +46,9 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def calibration(chosen: np.ndarray, rejected: np.ndarray, num_bins: int = 5) -> tuple[float, list[dict]]:
+def calibration(
+    chosen: np.ndarray, rejected: np.ndarray, weights: np.ndarray | None = None, num_bins: int = 5
+) -> tuple[float, list[dict]]:
     """Compare how sure the scores are of a pair with how often they are right.
 
     The Bradley-Terry model gives the answer with the higher score the probability sigmoid(difference) of being better.
@@ -54,6 +56,7 @@ def calibration(chosen: np.ndarray, rejected: np.ndarray, num_bins: int = 5) -> 
     Returns:
         (expected calibration error, bins): bins are {"from", "to", "pairs", "confidence", "accuracy"}.
     """
+    weights = np.ones(len(chosen)) if weights is None else weights
     difference = chosen - rejected
     confidence = 1 / (1 + np.exp(-np.abs(difference)))
     right = (difference > 0) + 0.5 * (difference == 0)
@@ -64,8 +67,8 @@ def calibration(chosen: np.ndarray, rejected: np.ndarray, num_bins: int = 5) -> 
         inside = place == index
         if not inside.any():
             continue
-        sure, true = float(confidence[inside].mean()), float(right[inside].mean())
-        error += inside.sum() / len(difference) * abs(sure - true)
+        sure, true = (weighted_mean(values[inside], weights[inside]) for values in (confidence, right))
+        error += weights[inside].sum() / weights.sum() * abs(sure - true)
         limits = {"from": round(float(edges[index]), 2), "to": round(float(edges[index + 1]), 2)}
         bins.append({**limits, "pairs": int(inside.sum()), "confidence": sure, "accuracy": true})
     return float(error), bins

@@ -343,7 +343,8 @@ def save_final(trainer: StageMixin, run: Run, tokenizer) -> None:
             stop_ids = run.chat.stop_ids if run.chat else [tokenizer.eos_token_id]
             generation_settings(stop_ids, tokenizer).save_pretrained(staging)
         (staging / "README.md").unlink(missing_ok=True)
-        run.checks.run("saved_is_loaded", checks.saved_is_loaded, str(staging), reference, _reload(trainer, staging))
+        reload, scores = _reload(trainer, staging), has_score_head(base_model(trainer))
+        run.checks.run("saved_is_loaded", checks.saved_is_loaded, str(staging), reference, reload, scores)
         for path in sorted(staging.iterdir()):
             target = output_dir / path.name
             if target.is_dir():

@@ -1,5 +1,6 @@
 """What the trainers of all stages share: exact means, checkpoints whole or absent, proof on the first step."""
 
+import contextlib
 import dataclasses
 import inspect
 import math
@@ -80,6 +81,16 @@ def add_settings(training_args, config_class: type, **values) -> None:
     assert not values, f"{config_class.__name__} has no {sorted(values)}"
 
 
+@contextlib.contextmanager
+def exact_adapters(model):
+    """Keep the trained tensors in fp32 while one of TRL's trainers is made, which rounds those on quantised bases."""
+    exact = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in exact:
+            parameter.data = exact[name]
+
+
 class StageMixin:
     """What every stage adds to a Trainer, transformers' own or one of TRL's.
 
@@ -132,7 +143,8 @@ class StageMixin:
 
     def _summarize(self, prediction):
         self.rows = dict(zip(self.measured, np.asarray(prediction.predictions, dtype=np.float64).T, strict=True))
-        return self.held_out_metrics(self.rows, np.asarray(prediction.label_ids, dtype=np.float64))
+        self.row_weights = np.asarray(prediction.label_ids, dtype=np.float64)
+        return self.held_out_metrics(self.rows, self.row_weights)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Before the first step, check what needs the model as it will be trained, on the batch it will see."""

@@ -471,7 +471,6 @@ def test_a_run_does_not_write_where_it_starts_from(outputs, overwrite):
             check_output_dir(outputs / "pt" / ".." / name, overwrite, False, resolve(str(outputs / name)))
 
 
-# fails until check_output_dir counts source.merged to what a run starts from
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_run_does_not_write_where_an_adapter_stands_that_it_merges(outputs, overwrite):
     merge_parents(outputs / "sft", outputs / "pt")

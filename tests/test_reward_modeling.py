@@ -504,7 +504,6 @@ def hidden(model):
 
 
 @pytest.mark.parametrize("parent", ["sft", "sft_on_merged", "sft_whole"])
-# merged-sft_whole fails until merge_adapter drops the writer's head (has_score_head does not know a plain PeftModel)
 @pytest.mark.parametrize("flags", [(), ("--new_adapter", "True")], ids=["continued", "merged"])
 def test_training_starts_from_the_policy_of_fine_tuning(chain, data, tmp_path, parent, flags):
     """With a learning rate of 0 the saved reward model is the one training started from."""
@@ -564,7 +563,6 @@ def test_a_parent_that_was_merged_must_not_change(chain, data, tmp_path, capsys)
     load_reward_model(str(tmp_path / "rm"), only_cpu=True)
 
 
-# fails until check_output_dir counts source.merged to what a run starts from
 def test_a_run_does_not_write_where_a_merged_adapter_stands(chain, data, tmp_path, capsys):
     for name in ("base", "pt", "sft_on_merged"):
         shutil.copytree(chain / name, tmp_path / name)
@@ -608,8 +606,6 @@ def name_no_head(directory):
 FAULTS = [
     (delete_head, "base_model.model.score.weight was trained but not saved (1 such tensors)"),
     (change_head, "what was saved differs from what was trained: base_model.model.score.weight by up to 0.001"),
-    # fails until the head named in the saved adapter_config.json is checked as well: reloaded beside the trained
-    # adapter, one without a head borrows that of the trained one
     (name_no_head, ""),
 ]
 
@@ -630,7 +626,6 @@ def test_a_head_that_was_not_saved_as_trained_stops_the_run(
     assert not (tmp_path / "rm" / "stage.json").exists()
 
 
-# fails until saved_is_loaded (or gradients_flow) demands that a scoring model's head is among the saved tensors
 def test_a_head_that_is_neither_trained_nor_saved_stops_the_run(data, tiny_qwen3, tmp_path, capsys, monkeypatch):
     """Every loading would then draw another head: the scores would mean nothing."""
     import stagekit.modeling
@@ -682,7 +677,6 @@ def test_a_model_that_reads_its_score_at_padding_is_found(tiny_qwen3):
         score_position(model, scored_batch(), END)
 
 
-# fails until score_position compares with the head applied at the end-of-turn itself
 def test_a_model_that_takes_the_end_of_turn_for_padding_is_found(tiny_qwen3):
     """It scores one token before the end, with padding and without: both agree, and both are wrong."""
     model, batch = score_model(tiny_qwen3).eval(), scored_batch()
@@ -709,7 +703,6 @@ def test_a_newline_behind_the_end_of_turn_stops_the_run(data, tiny_qwen3, tmp_pa
     assert not (tmp_path / "rm" / "stage.json").exists()
 
 
-# fails until the pad id of prepare_to_score survives TRL's RewardTrainer, which sets the tokenizer's
 def test_a_tokenizer_that_pads_with_the_end_of_turn_can_be_used(data, tiny_qwen3, tmp_path):
     tokenizer = build_tokenizer()
     tokenizer.pad_token = "<|im_end|>"
@@ -834,7 +827,6 @@ def test_a_reward_model_is_not_taught_to_write(learnt, data, tmp_path, capsys, s
     capsys.readouterr()
     code = run_main(stage, "--train_file_dir", data / "held_out.jsonl", "--do_train", *given, *flags)
     assert code == 2
-    # with --new_adapter: fails until is_reward_model looks at source.merged
     assert f"{learnt} is a reward model: it scores answers" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 

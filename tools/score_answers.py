@@ -37,8 +37,16 @@ def answers_of(record, data_format):
     from stagekit.formats import Conversation, Preference, Question, Ranking, RowError, to_canonical
 
     if isinstance(record, dict) and "prediction" in record and isinstance(record.get("messages"), list):
-        answer = [{"role": "assistant", "content": str(record["prediction"])}]
-        return "score", [(record["messages"], answer, record.get("tools"))]
+        if not isinstance(record["prediction"], str):
+            raise RowError(f"field 'prediction' must be a string, got {type(record['prediction']).__name__}")
+        # an empty prediction is an answer too, and a bad one: it is put in after the prompt was checked
+        asked = {
+            "messages": [*record["messages"], {"role": "assistant", "content": "…"}],
+            "tools": record.get("tools"),
+        }
+        canonical, _ = to_canonical(asked, "conversation")
+        answer = [{"role": "assistant", "content": record["prediction"]}]
+        return "score", [(canonical.messages[:-1], answer, canonical.tools)]
     canonical, _ = to_canonical(record, data_format)
     if isinstance(canonical, Conversation):
         return "score", [(canonical.messages[:-1], canonical.messages[-1:], canonical.tools)]
