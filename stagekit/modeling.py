@@ -394,6 +394,7 @@ def add_adapter(model, source: Source, lora_args, training_args):
                 module.support_avx512bf16_for_cpu = False
     if source.adapter:
         model = continue_adapter(model, source.adapter)
+        _train_in_fp32(model, training_args)
         lora = model.peft_config["default"]
         kept = {"lora_rank": lora.r, "lora_alpha": lora.lora_alpha, "lora_dropout": lora.lora_dropout}
         other = [f"{name} {value:g}" for name, value in kept.items() if getattr(lora_args, name) != value]
@@ -404,7 +405,19 @@ def add_adapter(model, source: Source, lora_args, training_args):
         model = get_peft_model(model, lora_config(model, lora_args))
     except ValueError as error:
         raise ValueError(f"--target_modules {lora_args.target_modules}: {_first_line(error)}") from error
+    _train_in_fp32(model, training_args)
     return model, _tuning(model.peft_config["default"], model_quantised=quantised, continued=False)
+
+
+def _train_in_fp32(model, training_args):
+    """PEFT keeps LoRA in fp32 on a 16-bit base, but not modules trained whole: a score head would lose small updates.
+
+    Autocast computes in 16 bits all the same; without it, or under DeepSpeed, types must stay as they are.
+    """
+    if (training_args.bf16 or training_args.fp16) and not training_args.deepspeed:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
 
 def continue_adapter(model, directory: str) -> PeftModel:
