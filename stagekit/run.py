@@ -397,7 +397,7 @@ def _reload(trainer, directory):
     @torch.no_grad()
     def compare():
         model.eval()
-        with trainer.compute_loss_context_manager():
+        with trainer.accelerator.autocast():
             trained = model(input_ids=ids, use_cache=False).logits.float()
             model.load_adapter(str(directory), "reloaded", is_trainable=False)
             model.set_adapter("reloaded")

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "stagekit.tokenization": {"stagekit.formats", "stagekit.modeling", "template"},
     "stagekit.pairs": {"stagekit.formats", "stagekit.tokenization"},
     "stagekit.pair_metrics": set(),
+    "stagekit.rewards": set(),
     "stagekit.checks": {"stagekit.data", "stagekit.tokenization"},
     "stagekit.generation": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.tokenization"),
