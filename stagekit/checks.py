@@ -273,7 +273,7 @@ def score_position(model, inputs: dict, stop_id: int) -> tuple[str, str]:
     scores = model(**inputs, use_cache=False).logits.float().squeeze(-1)
     rows = [0, len(lengths) // 2]  # one better and one worse answer: as many forward passes on every process
     head = next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "score")
-    dtype = next(head.parameters()).dtype  # outside of the model's forward there is no autocast
+    dtype = head.weight.dtype  # outside of the model's forward there is no autocast
     alone, at_the_end = [], []
     for row in rows:
         ids, mask = (inputs[name][row : row + 1, : lengths[row]] for name in ("input_ids", "attention_mask"))
