@@ -287,13 +287,13 @@ class PolicyTrainer(PairMixin, DPOTrainer):
         """The reference is the parent's policy."""
         with torch.no_grad():
             loss, rows = self._evaluate_pairs(model, inputs)
-            token_logps, mask = self.token_logps, inputs["completion_mask"][:, 1:]
+            ids, attention, mask = (inputs[name][:1] for name in ("input_ids", "attention_mask", "completion_mask"))
             logits = model(
-                input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-            ).logits
-            plain = logits[:, :-1].float().log_softmax(-1).gather(-1, inputs["input_ids"][:, 1:].unsqueeze(-1))
+                input_ids=ids, attention_mask=attention, use_cache=False
+            ).logits  # of one answer: they are large
         self._metrics["eval"].clear()
-        difference = ((plain.squeeze(-1) * mask) - token_logps).abs().max().item()
+        plain = -torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
+        difference = (plain * mask[0, 1:] - self.token_logps[0]).abs().max().item()
         eq7 = loss.item() if self.dpo_args.is_plain() else None
         compared = self.compared or self._compare_reference()
         resumed = self.run.resume is not None
