@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import PeftModel
 from trl import DPOConfig, DPOTrainer
 
 from stagekit import checks
@@ -33,7 +32,15 @@ from stagekit.arguments import (
     StageTrainingArguments,
     parse_args,
 )
-from stagekit.modeling import add_adapter, load_config, load_model, load_tokenizer, prepare_for_training
+from stagekit.modeling import (
+    add_adapter,
+    changed_tensors,
+    copy_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prepare_for_training,
+)
 from stagekit.pair_metrics import pair_accuracy, weighted_mean
 from stagekit.pairs import PairCollator
 from stagekit.run import check_memory, finish_run, load_pairs, print_preview, run_stage, start_run
@@ -297,39 +304,22 @@ class PolicyTrainer(PairMixin, DPOTrainer):
         eq7 = loss.item() if self.dpo_args.is_plain() else None
         compared = self.compared or self._compare_reference()
         resumed = self.run.resume is not None
-        self.run.checks.run(
-            "reference_is_parent", checks.reference_is_parent, model, rows, eq7, difference, *compared, resumed
+        policy, reference = (
+            torch.cat([rows[f"{name}_{side}"] for side in ("chosen", "rejected")]) for name in ("policy", "reference")
         )
+        findings = (model, policy, reference, eq7, difference, *compared, resumed)
+        self.run.checks.run("reference_is_parent", checks.reference_is_parent, *findings)
 
     def _compare_reference(self):
         """(names of the reference adapter's tensors that differ from the parent's file, number of those compared)."""
-        if not isinstance(self.model, PeftModel) or "ref" not in self.model.peft_config:
-            return [], 0
-        saved = load_peft_weights(self.run.source.adapter, device="cpu")
-        held = get_peft_model_state_dict(self.model, adapter_name="ref")
-        held = {name: value for name, value in held.items() if value.numel()}  # ZeRO-3 holds parts, and these as empty
-        changed = [
-            name
-            for name, value in held.items()
-            if name not in saved or not torch.equal(saved[name].to(value.dtype), value.detach().cpu())
-        ]
-        return changed, len(held)
+        has_copy = isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
+        return changed_tensors(self.model, "ref", self.run.source.adapter) if has_copy else ([], 0)
 
     def _save(self, output_dir=None, state_dict=None):
         """The reference is the parent's adapter, which has its own directory: a stage holds one adapter."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             shutil.rmtree(Path(output_dir or self.args.output_dir, "ref"), ignore_errors=True)
-
-
-def copy_adapter(model: PeftModel, source: str, target: str) -> None:
-    """Copy all parameters of an adapter; TRL leaves out those whose names end with the adapter's (embedding LoRA)."""
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        parts = name.split(".")
-        if source in parts:
-            copy = parameters[".".join(target if part == source else part for part in parts)]
-            copy.data.copy_(parameter.data)
 
 
 @run_stage

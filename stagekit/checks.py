@@ -23,6 +23,9 @@ NAMES = (
     "packing_is_exact",
     "score_position",
     "reference_is_parent",
+    "reward_model_is_trained",
+    "rollout_is_policy",
+    "policy_is_sane",
     "processes_share_gradients",
     "gradients_flow",
     "finite",
@@ -308,7 +311,8 @@ def _computes_in_fp32(model):
 
 def reference_is_parent(
     model,
-    rows: dict[str, torch.Tensor],
+    policy: torch.Tensor,
+    reference: torch.Tensor,
     loss: float | None,
     plain: float,
     changed: list[str],
@@ -319,8 +323,7 @@ def reference_is_parent(
 
     Args:
         model: as the trainer wrapped it.
-        rows: log-probabilities of whole answers under policy and reference, {"policy_chosen", "policy_rejected",
-            "reference_chosen", "reference_rejected"}: (pairs,).
+        policy, reference: log-probabilities of whole answers under both, (answers,).
         loss: of the batch, where it is Eq. 7 of arXiv:2305.18290; None for other losses.
         plain: largest difference between the trainer's token log-probabilities and those of the model's own logits.
         changed: names of reference tensors that differ from what the parent saved.
@@ -334,25 +337,79 @@ def reference_is_parent(
         )
     if resumed:
         return f"{num_compared} reference tensors equal the parent's (resumed: the policy has moved on)", "exact"
-    sides = [
-        (rows[f"policy_{side}"] - rows[f"reference_{side}"]).abs().max().item() for side in ("chosen", "rejected")
-    ]
-    size = max(1.0, rows["reference_chosen"].abs().max().item())
+    difference = (policy - reference).abs().max().item()
+    size = max(1.0, reference.abs().max().item())
     exact = _computes_in_fp32(model)
     limit = (3e-6 if exact else 2e-3) * size
-    if not max(sides) <= limit:
+    if not difference <= limit:
         raise CheckError(
-            f"before the first step policy and reference differ by {max(sides):.3g} nats for an answer: the reference "
+            f"before the first step policy and reference differ by {difference:.3g} nats for an answer: the reference "
             "is not the parent's policy"
         )
     if not plain <= 5e-2:
         raise CheckError(f"token log-probabilities differ from those of the model's logits by {plain:.3g} nats")
-    value = f"{num_compared} tensors equal the parent's, log-ratios and KL {max(sides):.1g} nats"
+    value = f"{num_compared} tensors equal the parent's, log-ratios and KL {difference:.1g} nats"
     if loss is not None:
         if not abs(loss - math.log(2)) <= (1e-4 if exact else 5e-2):
             raise CheckError(f"the loss before the first step is {loss:.6f} instead of ln 2")
         value += f", loss {loss:.6f} = ln 2"
     return value, f"{limit:.1g}"
+
+
+def reward_model_is_trained(stage: dict | None, directory: str, allowed: bool) -> tuple[str, str]:
+    """A reward model that cannot tell better from worse answers would train the policy on noise.
+
+    Args:
+        stage: the reward model's stage.json, None where it has none.
+        directory: where it stands.
+        allowed: --allow_untrained_reward_model.
+    """
+    after = ((stage or {}).get("metrics") or {}).get("after") or {}
+    low = after.get("accuracy_low")
+    if low is not None and low > 0.5:
+        return f"held-out accuracy {after['accuracy']:.3f}, 95 % interval from {low:.3f}", "lower bound > 0.5"
+    found = "no held-out accuracy" if low is None else f"a held-out accuracy whose 95 % interval begins at {low:.3f}"
+    if allowed:
+        return f"{found}; allowed by --allow_untrained_reward_model", "lower bound > 0.5"
+    raise CheckError(
+        f"{directory} shows {found}, so its scores may be chance; train it on more pairs, measure it (--do_eval), or "
+        "insist with --allow_untrained_reward_model True"
+    )
+
+
+def rollout_is_policy(model, logps: torch.Tensor, rollout_logps: torch.Tensor, mask: torch.Tensor) -> tuple[str, str]:
+    """Before the first step the policy gives its own answers the probabilities noted in the rollout: ratio 1.
+
+    Args:
+        model: as the trainer wrapped it.
+        logps, rollout_logps, mask: (batch, response_len).
+    """
+    difference = ((logps - rollout_logps).abs() * mask).max().item()
+    limit = 1e-4 if _computes_in_fp32(model) else 5e-2
+    if not difference <= limit:
+        raise CheckError(
+            f"the policy gives tokens of its rollout other log-probabilities (by up to {difference:.3g} nats): it is "
+            "not what sampled them"
+        )
+    return f"ratio 1 within {math.expm1(difference):.1g}", f"{limit:g}"
+
+
+def policy_is_sane(kl: float, max_kl: float, entropy: float) -> tuple[str, str]:
+    """The policy has not run away from its reference, and still has a choice.
+
+    Args:
+        kl: mean KL of whole answers to the reference, in nats.
+        max_kl: limit for it.
+        entropy: mean entropy of a token, in nats.
+    """
+    if not (np.isfinite(kl) and np.isfinite(entropy)):
+        raise CheckError(f"KL {kl} and entropy {entropy} are no numbers; lower --learning_rate")
+    if kl > max_kl:
+        raise CheckError(
+            f"the policy is {kl:.1f} nats an answer away from its reference (limit {max_kl:g}), where scores mislead; "
+            "raise --kl_coef, set --target_kl, or lower --learning_rate (--max_kl moves the limit)"
+        )
+    return f"KL {kl:.3f} nats an answer, entropy {entropy:.3f} nats a token", f"KL {max_kl:g}"
 
 
 def processes_share_gradients(trainer) -> tuple[str, str]:

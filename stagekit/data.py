@@ -377,7 +377,7 @@ def prompt_text(record: Canonical) -> str:
     """
     if isinstance(record, Text):
         return record.text
-    messages = record.messages if isinstance(record, Conversation) else record.prompt
+    messages = record.messages if isinstance(record, Conversation) else record.prompt  # also prompts.Prompt
     texts = [message["content"] for message in messages if message["role"] == "user"]
     return texts[0] if texts and len(texts[0]) >= 8 else "\n".join(texts)
 

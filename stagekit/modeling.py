@@ -434,6 +434,32 @@ def continue_adapter(model, directory: str) -> PeftModel:
     return model
 
 
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
+    """Copy all parameters of an adapter to another one of the same shape on the same model.
+
+    TRL, which does so for DPO's reference, leaves out those whose names end with the adapter's (LoRA on embeddings).
+    """
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parts = name.split(".")
+        if source in parts:
+            copy = parameters[".".join(target if part == source else part for part in parts)]
+            copy.data.copy_(parameter.data)
+
+
+def changed_tensors(model: PeftModel, name: str, directory: str) -> tuple[list[str], int]:
+    """Compare an adapter in memory with the directory it should be: (tensors that differ, how many were compared)."""
+    saved = load_peft_weights(directory, device="cpu")
+    held = get_peft_model_state_dict(model, adapter_name=name)
+    held = {key: value for key, value in held.items() if value.numel()}  # ZeRO-3 shows what it shards as empty
+    changed = [
+        key
+        for key, value in held.items()
+        if key not in saved or not torch.equal(saved[key].to(value.dtype), value.detach().cpu())
+    ]
+    return changed, len(held)
+
+
 def lora_config(model, lora_args) -> LoraConfig:
     """The LoraConfig the flags describe; an embedding matrix shared with the head stays shared."""
     targets = lora_args.target_modules

@@ -303,7 +303,7 @@ def finish_run(trainer: StageMixin, run: Run, tokenizer) -> None:
     trainer.accelerator.wait_for_everyone()
     args.eval_on_start = args.do_eval and run.resume is None
     result = trainer.train(resume_from_checkpoint=run.resume)
-    first = next((entry for entry in trainer.state.log_history if "eval_loss" in entry), None)
+    first = next((entry for entry in trainer.state.log_history if "eval_runtime" in entry), None)
     if args.do_eval:
         metrics["before"] = _measures(first or {})
         metrics["after"] = _measures(trainer.evaluate())
@@ -356,13 +356,13 @@ def save_final(trainer: StageMixin, run: Run, tokenizer) -> None:
 
 def base_model(trainer: StageMixin):
     """The model without its wrappers and its adapter."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = trainer.saved_model()
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def trained_tensors(trainer: StageMixin) -> dict[str, torch.Tensor]:
     """The tensors a checkpoint must hold, under the names its files use; gathered under ZeRO-3 (a collective call)."""
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = trainer.saved_model()
     state = None
     if memory.zero_stage(trainer.args.deepspeed) == 3:
         state = trainer.accelerator.get_state_dict(trainer.deepspeed)
@@ -384,14 +384,15 @@ def _reload(trainer, directory):
     That is full weights (their tensors are compared), ZeRO-3 (each process holds a part), and embeddings trained whole
     that are tied to the head, which PEFT cannot hold twice. Of a reward model the logits are the scores.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    model = trainer.saved_model()
     if not isinstance(model, PeftModel) or memory.zero_stage(trainer.args.deepspeed) == 3:
         return None
     lora = model.peft_config["default"]
     if lora.modules_to_save and lora.ensure_weight_tying:
         return None
     row = trainer.train_dataset[0]
-    sequence = row["chosen_ids"] if "chosen_ids" in row else row["input_ids"][: row["lengths"][0]]
+    sequence = next((row[name] for name in ("chosen_ids", "prompt_ids") if name in row), None)
+    sequence = row["input_ids"][: row["lengths"][0]] if sequence is None else sequence
     ids = torch.tensor([sequence[:64]], device=model.device)
 
     @torch.no_grad()

@@ -102,6 +102,7 @@ class StageMixin:
     loss_is_scaled_for_ga = True
 
     def __init__(self, run, *args, **kwargs):
+        self.observed: dict[str, torch.Tensor] = {}
         super().__init__(*args, compute_metrics=self._summarize, **kwargs)
         self.run = run
         self.proved = False
@@ -127,8 +128,26 @@ class StageMixin:
     def prove(self, model, inputs: dict) -> None:
         """Run the checks that need the model as it will be trained, on the batch of the first step."""
 
+    def saved_model(self):
+        """What the stage delivers, without the wrappers of distributed training."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
     def create_model_card(self, *args, **kwargs):
         """Write none: stage.json says where a stage comes from, and whose model it is the user says."""
+
+    def observe(self, rows: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
+        """Add numbers of rows, (rows,) each, to what the next log shows as means."""
+        for name, values in rows.items():
+            sums = torch.stack([(values.detach().float() * weights).sum(), weights.sum()])
+            self.observed[name] = self.observed.get(name, 0) + sums
+
+    def log(self, logs, start_time=None):
+        """Add the means of what was observed since the last log, over all processes."""
+        if "loss" in logs and self.observed:
+            sums = self.accelerator.reduce(torch.stack(list(self.observed.values())), "sum")
+            logs.update(dict(zip(self.observed, (sums[:, 0] / sums[:, 1]).tolist(), strict=True)))
+            self.observed = {}
+        super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the numbers of each held-out row, for exact means over all of them."""
@@ -257,10 +276,6 @@ class LanguageTrainer(StageMixin, Trainer):
 class PairMixin(StageMixin):
     """A trainer of pairs of answers: the mean over pairs, in which every prompt counts once."""
 
-    def __init__(self, run, *args, **kwargs):
-        self.observed: dict[str, torch.Tensor] = {}
-        super().__init__(run, *args, **kwargs)
-
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:
             return None
@@ -278,17 +293,3 @@ class PairMixin(StageMixin):
         if num_items is None:
             return total / weights.sum()
         return total / num_items * self.accelerator.num_processes  # gradients are averaged over the processes
-
-    def observe(self, rows: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
-        """Add numbers of pairs, (pairs,) each, to what the next log shows as means."""
-        for name, values in rows.items():
-            sums = torch.stack([(values.detach().float() * weights).sum(), weights.sum()])
-            self.observed[name] = self.observed.get(name, 0) + sums
-
-    def log(self, logs, start_time=None):
-        """Add the means of what was observed since the last log, over all processes."""
-        if "loss" in logs and self.observed:
-            sums = self.accelerator.reduce(torch.stack(list(self.observed.values())), "sum")
-            logs.update(dict(zip(self.observed, (sums[:, 0] / sums[:, 1]).tolist(), strict=True)))
-            self.observed = {}
-        super().log(logs, start_time)

@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "stagekit.generation": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.tokenization"),
     },
+    "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
+    "stagekit.ppo": {"stagekit.checkpoint", "stagekit.checks", "stagekit.modeling", "stagekit.trainers"},
     "stagekit.scoring": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization"),
     },

@@ -1,0 +1,79 @@
+"""Prompts a policy answers by itself, with what its answers may be compared with: PPO and its relatives."""
+
+from dataclasses import dataclass
+
+from stagekit.formats import Canonical, Conversation, Preference, Question, Ranking, RowError
+from stagekit.tokenization import Chat, encode_prompt, map_rows
+
+TOO_LONG = "prompt longer than --max_prompt_length"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages ending with user or tool, and the answer the data has, "" where it has none."""
+
+    prompt: list[dict]
+    reference: str
+    tools: list[dict] | None = None
+
+
+def accept_prompt(record: Canonical) -> Prompt:
+    """What a policy can be asked: the prompt of anything that has one."""
+    if isinstance(record, Question):
+        return Prompt(record.prompt, record.answer)
+    if isinstance(record, Conversation):
+        return Prompt(record.messages[:-1], record.messages[-1]["content"], record.tools)
+    if isinstance(record, Preference):
+        return Prompt(record.prompt, record.chosen[-1]["content"], record.tools)
+    if isinstance(record, Ranking):
+        return Prompt(record.prompt, record.answers[record.ranks.index(0)][-1]["content"], record.tools)
+    raise RowError("this stage needs prompts (a question or a conversation), and this is running text")
+
+
+def fit_prompt(chat: Chat, record: Prompt, max_prompt_length: int) -> list[int] | None:
+    """Token ids of a prompt of at most max_prompt_length tokens; the oldest exchanges give way, the system stays.
+
+    Returns:
+        None where even the last exchange is too long: a cut question is another question.
+    """
+    num_system = int(record.prompt[0]["role"] == "system")
+    for first in (index for index, message in enumerate(record.prompt) if message["role"] == "user"):
+        ids = encode_prompt(chat, [*record.prompt[:num_system], *record.prompt[first:]], record.tools)
+        if len(ids) <= max_prompt_length:
+            return ids
+    return None
+
+
+def tokenize_prompts(rows, ledger, chat: Chat, max_prompt_length: int, num_workers: int | None, description: str):
+    """Tokenise rows into the columns of a dataset of prompts, and close their ledger.
+
+    Args:
+        rows: list of data.Row with Prompt records.
+        ledger: their data.Ledger.
+        chat, max_prompt_length: see fit_prompt.
+        num_workers, description: see tokenization.map_rows.
+
+    Returns:
+        (columns, []): prompt_ids, prompt (the last user's words), reference; there are no samples to probe.
+
+    Raises:
+        ValueError: a row the template refuses, or no prompt left.
+    """
+    encoded = map_rows(rows, lambda record: fit_prompt(chat, record, max_prompt_length), num_workers, description)
+    kept = [(row.record, ids) for row, ids in zip(rows, encoded, strict=True) if ids is not None]
+    ledger.drop(TOO_LONG, len(rows) - len(kept))
+    if not kept:
+        raise ValueError(f"{ledger.files[0]}: no prompt fits --max_prompt_length {max_prompt_length}")
+    ledger.used = ledger.samples = len(kept)
+    ledger.tokens["used"] = sum(len(ids) for _, ids in kept)
+    ledger.close()
+    asked = [
+        next(message["content"] for message in reversed(record.prompt) if message["role"] == "user")
+        for record, _ in kept
+    ]
+    columns = {
+        "prompt_ids": [ids for _, ids in kept],
+        "prompt": asked,
+        "reference": [record.reference for record, _ in kept],
+    }
+    return columns, []
