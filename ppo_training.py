@@ -27,6 +27,7 @@ from stagekit.arguments import (
     parse_args,
 )
 from stagekit.checkpoint import Source, base_fingerprint, resolve
+from stagekit.memory import zero_stage
 from stagekit.modeling import (
     add_adapter,
     is_reward_model,
@@ -157,6 +158,11 @@ def find_reward_model(path: str, source: Source, model_args) -> Source:
 def main():
     parsed = parse_args(*ARGUMENTS, description=__doc__)
     model_args, data_args, prompt_args, lora_args, ppo_args, run_args, training_args = parsed
+    if not lora_args.use_peft or zero_stage(training_args.deepspeed) == 3:
+        raise ValueError(
+            "PPO puts its roles on one base as adapters, so it needs --use_peft True, and a base that is whole on "
+            "every process: ZeRO-2 instead of ZeRO-3"
+        )
     own = (data_args, prompt_args, ppo_args)
     run = start_run("ppo", model_args, lora_args, run_args, training_args, *own)
 

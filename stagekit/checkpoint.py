@@ -31,6 +31,7 @@ WRITTEN = {
     "rejected_rows.jsonl",
     "curves.png",
     "scores.png",
+    "samples.jsonl",
     "trainer_state.json",
     "training_args.bin",
     "train_results.json",

@@ -145,67 +145,54 @@ class KLController:
 class Roles(nn.Module):
     """Policy, reference, critic and reward model behind one forward(role, ...).
 
-    With adapters there is one base model, and a role is an adapter on it (with a head, if it scores):
+    A role is an adapter on the one base (with a head, if it scores):
 
         policy      "default"   trained
         reference   "ref"       frozen copy of what the policy starts from; none if that is the base itself
         critic      "critic"    trained; starts as the reward model, or as the policy where there is none on this base
         reward      "reward"    frozen
 
-    With full weights each role is a model of its own. The heads stand inside this module so that data-parallel
-    training sees them used in forward(). One forward and backward pass has one role: under activation checkpointing
-    the backward pass computes with whichever adapter is active then.
+    The heads stand inside this module so that data-parallel training sees them used in forward(). One forward and
+    backward pass has one role: under activation checkpointing the backward pass computes with whichever adapter is
+    active then.
     """
 
-    def __init__(self, models: dict[str, nn.Module], heads: dict[str, nn.Linear]):
+    def __init__(self, model: PeftModel, heads: dict[str, nn.Linear]):
         super().__init__()
-        self.models, self.heads = nn.ModuleDict(models), nn.ModuleDict(heads)
-        policy = models["policy"]
-        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        self.config = base.config
-        self.has_positions = takes_position_ids(base.config)
+        self.model, self.heads = model, nn.ModuleDict(heads)
+        self.config = model.get_base_model().config
+        self.has_positions = takes_position_ids(self.config)
+        present = model.peft_config
+        names = {"policy": "default", "reference": "ref", "critic": "critic", "reward": "reward"}
+        self.adapters = {role: name if name in present else None for role, name in names.items()}
         self.activate("policy")
 
     def __getattr__(self, name):
         try:
             return super().__getattr__(name)
         except AttributeError:  # what a Trainer asks of a model is the policy's
-            return getattr(super().__getattr__("models")["policy"], name)
-
-    @property
-    def adapters(self) -> dict[str, str | None] | None:
-        """The adapter of each role on the one base; None with full weights."""
-        if not isinstance(self.models["policy"], PeftModel):
-            return None
-        present = self.models["policy"].peft_config
-        names = {"policy": "default", "reference": "ref", "critic": "critic", "reward": "reward"}
-        return {role: name if name in present else None for role, name in names.items()}
+            return getattr(super().__getattr__("model"), name)
 
     def compare_reference(self, source: Source) -> tuple[list[str], int]:
-        """See modeling.changed_tensors; nothing to compare where the base is the reference, or a model of its own."""
-        adapters = self.adapters
-        if adapters is None or adapters["reference"] is None:
-            return [], 0
-        return changed_tensors(self.models["policy"], adapters["reference"], source.adapter)
+        """See modeling.changed_tensors; there is nothing to compare where the base is the reference."""
+        name = self.adapters["reference"]
+        return changed_tensors(self.model, name, source.adapter) if name else ([], 0)
 
-    def activate(self, role: str) -> nn.Module:
-        """Make the base compute as this role; return the model (PeftModel or full)."""
-        adapters = self.adapters
-        if adapters is None:
-            return self.models[role]
-        model = self.models["policy"]
-        if adapters[role] is None:
+    def activate(self, role: str) -> PeftModel:
+        """Make the base compute as this role."""
+        name = self.adapters[role]
+        if name is None:
             assert role == "reference", role
-            model.base_model.disable_adapter_layers()
+            self.model.base_model.disable_adapter_layers()
         else:
-            model.base_model.enable_adapter_layers()
-            model.set_adapter(adapters[role])
+            self.model.base_model.enable_adapter_layers()
+            self.model.set_adapter(name)
         # set_adapter() freezes the others; both trained adapters must stay trainable, whichever is active
-        model.set_requires_grad([name for name in (adapters["policy"], adapters["critic"]) if name], True)
-        frozen = [name for name in (adapters["reference"], adapters["reward"]) if name]
-        if frozen:
-            model.set_requires_grad(frozen, False)
-        return model
+        for names, trained in ((("policy", "critic"), True), (("reference", "reward"), False)):
+            found = [self.adapters[other] for other in names if self.adapters[other]]
+            if found:
+                self.model.set_requires_grad(found, trained)
+        return self.model
 
     def forward(self, role: str, input_ids, attention_mask, num_tokens: int, temperature: float = 1.0):
         """Compute what a role says about the last num_tokens tokens.
@@ -230,7 +217,7 @@ class Roles(nn.Module):
             all_logps = logits.log_softmax(dim=-1)
             logps = all_logps.gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
             return logps, -(all_logps.exp() * all_logps).sum(dim=-1)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base = model.get_base_model()
         hidden = getattr(base, base.base_model_prefix)(**inputs).last_hidden_state
         seen = hidden[:, -num_tokens - 1 : -1] if role == "critic" else hidden[:, -num_tokens:]
         head = self.heads[role]
@@ -255,39 +242,26 @@ def mount_adapter(model: PeftModel, directory: str, name: str) -> torch.Tensor |
     return weight
 
 
-def build_roles(model, source: Source, reward: Source | None, reference=None, critic=None, reward_model=None) -> Roles:
-    """Put the roles on one base, or together from models of their own.
+def build_roles(model: PeftModel, source: Source, reward: Source | None) -> Roles:
+    """Put reference, critic and reward model beside the policy.
 
     Args:
-        model: the policy, a PeftModel whose "default" adapter is trained, or a full model.
+        model: the policy, its "default" adapter trained.
         source: what the policy starts from.
         reward: reward model on the same base; None when scores come from elsewhere.
-        reference, critic, reward_model: with full weights, the other roles' models (critic and reward_model with a
-            score head).
     """
-    hidden = model.config.get_text_config().hidden_size
-    if not isinstance(model, PeftModel):
-        heads = {"critic": linear_head(critic.score.weight)}
-        models = {"policy": model, "reference": reference, "critic": critic}
-        if reward_model is not None:
-            heads["reward"] = linear_head(reward_model.score.weight)
-            models["reward"] = reward_model
+    heads = {}
+    if source.adapter:
+        model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
+        copy_adapter(model, "default", "ref")
+    if reward is not None:
+        heads["reward"] = linear_head(mount_adapter(model, reward.adapter, "reward")).requires_grad_(False)
+        heads["critic"] = linear_head(mount_adapter(model, reward.adapter, "critic"))
     else:
-        models, heads = {"policy": model}, {}
-        if source.adapter:
-            model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
-            copy_adapter(model, "default", "ref")
-        if reward is not None:
-            heads["reward"] = linear_head(mount_adapter(model, reward.adapter, "reward"))
-            heads["critic"] = linear_head(mount_adapter(model, reward.adapter, "critic"))
-        else:
-            model.add_adapter("critic", copy.deepcopy(model.peft_config["default"]))
-            copy_adapter(model, "default", "critic")
-            heads["critic"] = linear_head(torch.zeros(1, hidden))
-    for name, module in (*models.items(), *heads.items()):
-        if name in ("reference", "reward"):
-            module.requires_grad_(False)
-    return Roles(models, heads)
+        model.add_adapter("critic", copy.deepcopy(model.peft_config["default"]))
+        copy_adapter(model, "default", "critic")
+        heads["critic"] = linear_head(torch.zeros(1, model.config.get_text_config().hidden_size))
+    return Roles(model, heads)
 
 
 def linear_head(weight: torch.Tensor) -> nn.Linear:
@@ -324,6 +298,7 @@ class Rollout:
 
 ROLLOUT_FILE = "rollout_{rank}.pt"
 CRITIC_FILE = "critic.safetensors"
+HEAD = "value_head.weight"  # its name in there
 
 
 class PPOTrainer(StageMixin, Trainer):
@@ -362,7 +337,7 @@ class PPOTrainer(StageMixin, Trainer):
 
     def saved_model(self):
         """What a stage delivers: the policy."""
-        return self.roles.models["policy"]
+        return self.roles.model
 
     # -- which prompts --
 
@@ -678,41 +653,24 @@ class PPOTrainer(StageMixin, Trainer):
         if not self.args.should_save:
             return
         directory = Path(output_dir or self.args.output_dir)
-        roles = self.roles
-        policy = roles.activate("policy")
-        if isinstance(policy, PeftModel):
-            policy.save_pretrained(directory, selected_adapters=["default"])
-        else:
-            policy.save_pretrained(directory)
+        self.roles.activate("policy").save_pretrained(directory, selected_adapters=["default"])
         torch.save(self.args, directory / "training_args.bin")
         if directory.name.startswith("checkpoint-"):
             state = self._critic_state()
             save_file({name: tensor.detach().clone() for name, tensor in state.items()}, directory / CRITIC_FILE)
 
     def _critic_state(self):
-        roles = self.roles
-        state = {f"head.{name}": tensor for name, tensor in roles.heads["critic"].state_dict().items()}
-        if roles.adapters is None:
-            return {
-                **state,
-                **{f"model.{name}": tensor for name, tensor in roles.models["critic"].state_dict().items()},
-            }
-        adapter = get_peft_model_state_dict(roles.models["policy"], adapter_name="critic")
-        return {**state, **{f"model.{name}": tensor for name, tensor in adapter.items()}}
+        adapter = get_peft_model_state_dict(self.roles.model, adapter_name="critic")
+        return {HEAD: self.roles.heads["critic"].weight, **adapter}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load policy and critic; reference and reward model are the run's own."""
-        roles, directory = self.roles, Path(resume_from_checkpoint)
+        directory = Path(resume_from_checkpoint)
         critic = load_file(directory / CRITIC_FILE)
-        own = {name.removeprefix("model."): value for name, value in critic.items() if name.startswith("model.")}
-        if roles.adapters is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, roles.models["policy"])
-            roles.models["critic"].load_state_dict(own)
-        else:
-            policy = roles.models["policy"]
-            set_peft_model_state_dict(policy, load_peft_weights(str(directory), device="cpu"), adapter_name="default")
-            set_peft_model_state_dict(policy, own, adapter_name="critic")
-        roles.heads["critic"].load_state_dict({"weight": critic["head.weight"]})
+        self.roles.heads["critic"].load_state_dict({"weight": critic.pop(HEAD)})
+        set_peft_model_state_dict(self.roles.model, critic, adapter_name="critic")
+        policy = load_peft_weights(str(directory), device="cpu")
+        set_peft_model_state_dict(self.roles.model, policy, adapter_name="default")
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -258,8 +258,8 @@ def test_policy_and_reference_are_the_parent_and_stay_apart(chain):
 def test_each_pass_trains_its_own_role_and_nothing_else(chain, checkpointing):
     roles = roles_of(chain).train()
     if checkpointing:
-        roles.models["policy"].enable_input_require_grads()
-        roles.models["policy"].gradient_checkpointing_enable({"use_reentrant": False})
+        roles.model.enable_input_require_grads()
+        roles.model.gradient_checkpointing_enable({"use_reentrant": False})
     ids, mask = batch()
     gradients = {}
     for role, part in (("policy", 0), ("critic", None)):
@@ -379,7 +379,7 @@ def refusal(chain, tmp_path, *flags):
     result = ppo(chain, tmp_path / "ppo", *flags, check=False)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert not (tmp_path / "ppo" / "stage.json").exists()
-    return result.stderr.strip().splitlines()[-1]
+    return next(line for line in result.stderr.splitlines() if "error: " in line)
 
 
 def test_an_untrained_reward_model_is_refused_unless_it_is_insisted_on(chain, tmp_path):
