@@ -319,13 +319,13 @@ class PPOTrainer(StageMixin, Trainer):
         _double_accumulation(args)
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # a pass uses the parameters of one role
-        args.disable_dropout = True
         for module in roles.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the ratio of new and old probabilities must say what training changed, nothing else
         super().__init__(run, model=roles, **kwargs)
         self.kl = KLController(ppo_args.kl_coef, ppo_args.target_kl, ppo_args.kl_horizon)
         self.rollout: Rollout | None = None
+        self.micro: int | None = None  # micro-batches seen so far
         self.samples: list[dict] = []
         self.chat = run.chat
         self.pad_token_id = self.processing_class.pad_token_id
@@ -388,9 +388,10 @@ class PPOTrainer(StageMixin, Trainer):
         for rows in order.split(size):
             width = int(lengths[rows].max())
             ids = input_ids[rows, -width:]
-            whole = model.generate(
-                input_ids=ids, attention_mask=attention_mask[rows, -width:], generation_config=config
-            )
+            with self.accelerator.autocast():  # generate() does not pass through the forward that has it
+                whole = model.generate(
+                    input_ids=ids, attention_mask=attention_mask[rows, -width:], generation_config=config
+                )
             answers[rows, : whole.shape[1] - width] = whole[:, width:]
         model.config.use_cache = cache
         return answers
@@ -539,8 +540,9 @@ class PPOTrainer(StageMixin, Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Turn the prompts of this micro-batch into its part of the rollout, as policy or critic."""
-        micro_steps = 2 * self.chunks * self.ppo.num_ppo_epochs
-        at = self.micro % micro_steps
+        if self.micro is None:
+            self.micro = self.state.global_step * self.args.gradient_accumulation_steps
+        at = self.micro % (2 * self.chunks * self.ppo.num_ppo_epochs)
         self.at_rollout_start = at == 0
         if self.at_rollout_start:
             was_training = model.training
@@ -639,15 +641,6 @@ class PPOTrainer(StageMixin, Trainer):
 
     # -- checkpoints --
 
-    @property
-    def micro(self) -> int:
-        """Micro-batches seen so far."""
-        return getattr(self, "_micro", self.state.global_step * self.args.gradient_accumulation_steps)
-
-    @micro.setter
-    def micro(self, value):
-        self._micro = value
-
     def _save(self, output_dir=None, state_dict=None):
         """Save the policy as any stage saves its model; in checkpoints also the critic."""
         if not self.args.should_save:
@@ -684,7 +677,6 @@ class PPOTrainer(StageMixin, Trainer):
             state = torch.load(path, map_location=self.args.device, weights_only=True)
             self.kl.coef = state["kl_coef"]
             self.rollout = None if state["rollout"] is None else Rollout(**state["rollout"])
-            self.micro = self.state.global_step * self.args.gradient_accumulation_steps
 
 
 def _double_accumulation(args):
