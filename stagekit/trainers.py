@@ -94,8 +94,14 @@ def exact_adapters(model):
 class StageMixin:
     """What every stage adds to a Trainer, transformers' own or one of TRL's.
 
-    A trainer of a stage gives: compute_loss, which divides by the items of the whole global batch itself; measure, the
-    numbers of each held-out row; held_out_metrics, their summary; and prove, what it shows on its first step.
+    A trainer of a stage gives
+
+        compute_loss(model, inputs, ...)   divided by the items of the whole global batch
+        measure(model, inputs)             numbers of held-out rows: {name: (rows,)}, and their weights, (rows,)
+        held_out_metrics(rows, weights)    the summary of those numbers, for all held-out rows: {name: float}
+        describe(metrics)                  the summary as the end of a sentence
+
+    and, where it has something to show, prove (checks on the first step) and report (more about the held-out rows).
     """
 
     # transformers would divide by the accumulation steps, which is not exact when the last batch is smaller
@@ -108,18 +114,6 @@ class StageMixin:
         self.proved = False
         self.staging: str | None = None
         self.add_callback(FirstStep(self))
-
-    def measure(self, model, inputs: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Measure held-out rows: {name: (rows,)} and the weight of each row, (rows,)."""
-        raise NotImplementedError
-
-    def held_out_metrics(self, rows: dict[str, np.ndarray], weights: np.ndarray) -> dict[str, float]:
-        """Summarise what measure returned for all held-out rows."""
-        raise NotImplementedError
-
-    def describe(self, metrics: dict[str, float]) -> str:
-        """The held-out metrics as the end of a sentence."""
-        raise NotImplementedError
 
     def report(self, output_dir: Path) -> dict:
         """Write more about the held-out rows beside the checkpoint; return what stage.json should hold of it."""

@@ -695,7 +695,6 @@ def test_wrong_log_probabilities_of_the_fused_head_are_caught(data, sft, tmp_pat
         ),
         (("--beta", "0"), "--beta must be positive, got 0"),
         (("--ld_alpha", "1.5"), "--ld_alpha must be in [0, 1], got 1.5"),
-        # These two fail today: TRL refuses them after the model is loaded, the second one as a NotImplementedError.
         (("--loss_type", "exo_pair"), "--label_smoothing"),
         (("--loss_type", "aot", "--use_weighting", "True"), "--use_weighting"),
         (("--loss_type", "bco_pair", "--f_divergence_type", "js_divergence"), "f_divergence_type"),
