@@ -17,7 +17,7 @@ launch dpo_training.py \
     --do_eval \
     --max_length "$(by_scale 512 1024)" \
     --beta 0.1 \
-    --num_train_epochs "${EPOCHS:-$(by_scale 1 1)}" \
+    --num_train_epochs "${EPOCHS:-1}" \
     --per_device_train_batch_size "${BATCH_SIZE:-4}" \
     --gradient_accumulation_steps "$ACCUMULATION" \
     --learning_rate "${LEARNING_RATE:-$(by_scale 5e-4 2e-5)}" \

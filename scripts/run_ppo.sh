@@ -19,7 +19,7 @@ launch ppo_training.py \
     --max_prompt_length "$(by_scale 256 512)" \
     --max_completion_length "$(by_scale 48 256)" \
     --num_mini_batches 2 \
-    --num_train_epochs "${EPOCHS:-$(by_scale 1 1)}" \
+    --num_train_epochs "${EPOCHS:-1}" \
     --per_device_train_batch_size "${BATCH_SIZE:-$(by_scale 8 4)}" \
     --gradient_accumulation_steps "$ACCUMULATION" \
     --learning_rate "${LEARNING_RATE:-$(by_scale 3e-4 1e-5)}" \

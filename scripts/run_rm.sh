@@ -16,7 +16,7 @@ launch reward_modeling.py \
     --do_train \
     --do_eval \
     --max_length "$(by_scale 512 1024)" \
-    --num_train_epochs "${EPOCHS:-$(by_scale 1 1)}" \
+    --num_train_epochs "${EPOCHS:-1}" \
     --per_device_train_batch_size "${BATCH_SIZE:-4}" \
     --gradient_accumulation_steps "$ACCUMULATION" \
     --learning_rate "${LEARNING_RATE:-$(by_scale 1e-3 1e-4)}" \
