@@ -205,14 +205,12 @@ class PolicyTrainer(PairMixin, DPOTrainer):
     def _prepare_dataset(self, dataset, *args):
         return dataset  # load_pairs has tokenised it
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        if not batch_samples:
-            return None
-        total = torch.tensor(float(sum(len(batch["weights"]) for batch in batch_samples)), device=device)
-        return self.accelerator.gather(total.reshape(1)).sum() if self.args.world_size > 1 else total
+    def count_items(self, batch):
+        """Every pair counts once."""
+        return torch.tensor(float(len(batch["weights"])))
 
     def _evaluate_pairs(self, model, inputs):
-        """TRL's mean loss over the pairs of a batch, and what is known of each pair."""
+        """TRL's mean loss over the pairs of a batch, what is known of each pair, and token log-probabilities."""
         inputs = {name: value for name, value in inputs.items() if name not in ("weights", "margins")}
         if "ref_chosen_logps" not in inputs:
             was_training = self.model.training
@@ -224,17 +222,18 @@ class PolicyTrainer(PairMixin, DPOTrainer):
         recorder = Recorder(model)
         loss = super().compute_loss(recorder, inputs)
         mask = inputs["completion_mask"][:, 1:]
-        self.token_logps = recorder.logps[:, -mask.shape[1] :] * mask
-        policy = (self.token_logps * self._token_weights(mask)).sum(dim=1).chunk(2)
+        token_logps = recorder.logps[:, -mask.shape[1] :] * mask
+        policy = (token_logps * self._token_weights(mask)).sum(dim=1).chunk(2)
         if self.dpo_args.rpo_alpha:
-            per_token = self.token_logps.sum(dim=1) / mask.sum(dim=1)
+            per_token = token_logps.sum(dim=1) / mask.sum(dim=1)
             loss = loss - self.dpo_args.rpo_alpha * per_token.chunk(2)[0].mean()
-        return loss, {
+        rows = {
             "policy_chosen": policy[0],
             "policy_rejected": policy[1],
             "reference_chosen": inputs["ref_chosen_logps"],
             "reference_rejected": inputs["ref_rejected_logps"],
         }
+        return loss, rows, token_logps
 
     def _token_weights(self, mask):
         """1, and --ld_alpha for an answer's tokens beyond the length of the other one."""
@@ -245,14 +244,14 @@ class PolicyTrainer(PairMixin, DPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean loss over the pairs of the global batch."""
-        loss, rows = self._evaluate_pairs(model, inputs)
-        if num_items_in_batch is not None:
-            loss = loss * len(rows["policy_chosen"]) / num_items_in_batch * self.accelerator.num_processes
+        loss, rows, _ = self._evaluate_pairs(model, inputs)
+        ones = torch.ones_like(rows["policy_chosen"])
+        loss = self.global_mean(loss * ones, ones, num_items_in_batch)
         return (loss, rows) if return_outputs else loss
 
     def measure(self, model, inputs):
         """The loss and the log-probabilities of both answers under policy and reference."""
-        loss, rows = self._evaluate_pairs(model, inputs)
+        loss, rows, _ = self._evaluate_pairs(model, inputs)
         self._metrics["eval"].clear()  # TRL's means over batches; held_out_metrics has the means over pairs
         ones = torch.ones_like(rows["policy_chosen"])
         losses = self.dpo_loss(rows) if self.dpo_args.is_plain() else loss * ones
@@ -293,14 +292,14 @@ class PolicyTrainer(PairMixin, DPOTrainer):
     def prove(self, model, inputs):
         """The reference is the parent's policy."""
         with torch.no_grad():
-            loss, rows = self._evaluate_pairs(model, inputs)
+            loss, rows, token_logps = self._evaluate_pairs(model, inputs)
             ids, attention, mask = (inputs[name][:1] for name in ("input_ids", "attention_mask", "completion_mask"))
             logits = model(
                 input_ids=ids, attention_mask=attention, use_cache=False
             ).logits  # of one answer: they are large
         self._metrics["eval"].clear()
         plain = -torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
-        difference = (plain * mask[0, 1:] - self.token_logps[0]).abs().max().item()
+        difference = (plain * mask[0, 1:] - token_logps[0]).abs().max().item()
         eq7 = loss.item() if self.dpo_args.is_plain() else None
         compared = self.compared or self._compare_reference()
         resumed = self.run.resume is not None

@@ -97,28 +97,28 @@ class RewardModelTrainer(PairMixin, RewardTrainer):
             super().__init__(run, **kwargs)
         self.reward_args = reward_args
 
-    def _scores(self, model, inputs):
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return model(**inputs, use_cache=False).logits.squeeze(-1).float().chunk(2)
+    def _score_pairs(self, model, inputs):
+        """Loss and both scores of every pair."""
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        chosen, rejected = model(**batch, use_cache=False).logits.squeeze(-1).float().chunk(2)
+        margins = inputs["margins"] * self.reward_args.use_margin
+        losses = bradley_terry_loss(chosen, rejected, margins, self.reward_args.center_rewards_coefficient)
+        return {"loss": losses, "chosen": chosen, "rejected": rejected}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Mean Bradley-Terry loss over the prompts of the global batch."""
-        chosen, rejected = self._scores(model, inputs)
-        margins = inputs["margins"] if self.reward_args.use_margin else torch.zeros_like(inputs["margins"])
-        losses = bradley_terry_loss(chosen, rejected, margins, self.reward_args.center_rewards_coefficient)
+        rows = self._score_pairs(model, inputs)
+        chosen, rejected = rows["chosen"], rows["rejected"]
         right = (chosen > rejected) + 0.5 * (chosen == rejected)
         self.observe({"accuracy": right, "margin": chosen - rejected, "score": chosen + rejected}, inputs["weights"])
-        loss = self.global_mean(losses, inputs["weights"], num_items_in_batch)
-        return (loss, {"chosen": chosen, "rejected": rejected}) if return_outputs else loss
+        loss = self.global_mean(rows["loss"], inputs["weights"], num_items_in_batch)
+        return (loss, rows) if return_outputs else loss
 
     def measure(self, model, inputs):
-        """Scores and lengths of both answers; the weight of a pair is its share of a prompt."""
-        chosen, rejected = self._scores(model, inputs)
-        margins = inputs["margins"] if self.reward_args.use_margin else torch.zeros_like(inputs["margins"])
+        """Loss, scores and lengths of both answers; the weight of a pair is its share of a prompt."""
         lengths = inputs["completion_mask"].sum(dim=1).chunk(2)
-        loss = bradley_terry_loss(chosen, rejected, margins, self.reward_args.center_rewards_coefficient)
-        rows = {"loss": loss, "chosen": chosen, "rejected": rejected}
-        return {**rows, "chosen_length": lengths[0], "rejected_length": lengths[1]}, inputs["weights"]
+        rows = {**self._score_pairs(model, inputs), "chosen_length": lengths[0], "rejected_length": lengths[1]}
+        return rows, inputs["weights"]
 
     def held_out_metrics(self, rows, weights):
         """Accuracy with its interval, margin, calibration, and how much the score follows the length."""
@@ -166,13 +166,7 @@ def main():
     parsed = parse_args(*ARGUMENTS, description=__doc__)
     model_args, data_args, prompt_args, lora_args, pair_args, reward_args, run_args, training_args = parsed
     training_args.do_train = training_args.do_train and not pair_args.preview
-    add_settings(
-        training_args,
-        RewardConfig,
-        center_rewards_coefficient=reward_args.center_rewards_coefficient,
-        max_length=None,
-        disable_dropout=False,
-    )
+    add_settings(training_args, RewardConfig, max_length=None, disable_dropout=False)
     own = (data_args, prompt_args, pair_args, reward_args)
     run = start_run("rm", model_args, lora_args, run_args, training_args, *own)
 

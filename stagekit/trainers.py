@@ -273,8 +273,12 @@ class PairMixin(StageMixin):
     def _get_num_items_in_batch(self, batch_samples, device):
         if not batch_samples:
             return None
-        total = sum(batch["weights"].sum() for batch in batch_samples).to(device)
+        total = sum(self.count_items(batch) for batch in batch_samples).to(device)
         return self.accelerator.gather(total.reshape(1)).sum() if self.args.world_size > 1 else total
+
+    def count_items(self, batch: dict) -> torch.Tensor:
+        """What a batch counts in the mean: a prompt is 1, however many pairs were made from it."""
+        return batch["weights"].sum()
 
     def global_mean(self, losses: torch.Tensor, weights: torch.Tensor, num_items) -> torch.Tensor:
         """Weighted mean over the pairs of the global batch, so that it does not matter how the batch is split.
