@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from stagekit.data import load_seen_prompts
-from stagekit.tokenization import Chat, Probe, answer_runs, encode_prompt
+from stagekit.tokenization import Chat, Probe, answer_runs, encode_prompt, histories
 
 logger = logging.getLogger(__name__)
 
@@ -182,15 +182,10 @@ def template_parity(chat: Chat, probes: list[Probe]) -> tuple[str, str]:
 
 def _shown_messages(chat, probe, turn):
     """The messages a sample shows before an answer: the system prompt and the history that fitted."""
-    messages = probe.conversation.messages
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    starts = [i for i in range(len(system), turn) if messages[i]["role"] == "user"]
+    shown = [history for _, history in histories(probe.conversation.messages[:turn])]
     length = probe.sample.turns[turn][0]
-    for start in starts:
-        history = system + messages[start:turn]
-        if len(encode_prompt(chat, history, probe.conversation.tools)) == length:
-            return history
-    return system + messages[starts[0] : turn]
+    fitting = (item for item in shown if len(encode_prompt(chat, item, probe.conversation.tools)) == length)
+    return next(fitting, shown[0])
 
 
 def _tail(chat, ids):

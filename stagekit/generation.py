@@ -18,7 +18,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from stagekit.arguments import ModelArguments
 from stagekit.checkpoint import Source, resolve
-from stagekit.modeling import explain_hub_error, load_config, load_tokenizer, merge_adapter, quantization_config
+from stagekit.modeling import (
+    explain_hub_error,
+    inference_device,
+    load_config,
+    load_tokenizer,
+    merge_adapter,
+    quantization_config,
+)
 from stagekit.tokenization import Chat, encode_prompt, prepare_chat
 
 # Used where neither a flag nor the checkpoint's generation_config.json says anything.
@@ -146,16 +153,14 @@ def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=F
 
 
 def _load_base(source, args, config, only_cpu):
-    accelerated = torch.accelerator.is_available() and not only_cpu
-    device = torch.accelerator.current_accelerator().type if accelerated else "cpu"
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    several = accelerated and torch.accelerator.device_count() > 1
+    device, dtype = inference_device(only_cpu)
+    several = device != "cpu" and torch.accelerator.device_count() > 1
     try:
         return AutoModelForCausalLM.from_pretrained(
             source.base,
             config=config,
             revision=args.model_revision,
-            dtype=torch.float32 if device == "cpu" else torch.bfloat16 if bf16 else torch.float16,
+            dtype=dtype,
             device_map="auto" if several else {"": device},
             quantization_config=quantization_config(args),
         )

@@ -308,21 +308,30 @@ def load_model(source: Source, model_args, training_args, config, scores: bool =
     return model
 
 
+def inference_device(only_cpu: bool) -> tuple[str, str]:
+    """(device, number format) to answer or score with: bf16 on GPUs that have it, else fp16; fp32 on a CPU."""
+    if only_cpu or not torch.accelerator.is_available():
+        return "cpu", "float32"
+    device = torch.accelerator.current_accelerator().type
+    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, "bfloat16" if bf16 else "float16"
+
+
 def merge_adapter(model, directory: str):
     """Add the update of an adapter to the weights of its base, in memory."""
     config = PeftConfig.from_pretrained(directory)
-    model = PeftModel(model, _fitting(config, model))
+    model = PeftModel(model, fitting_config(config, model))
     _load_adapter_weights(model, directory)
     return model.merge_and_unload()
 
 
-def _fitting(lora, model):
-    """The LoraConfig for what an adapter becomes on this model: a reward model has a score head, and no other."""
+def fitting_config(lora: LoraConfig, model) -> LoraConfig:
+    """The LoraConfig of what an adapter becomes on this model, which writes or scores and lacks the other's head."""
     scores = has_score_head(model)
-    whole = [name for name in lora.modules_to_save or [] if not scores or name not in OUTPUT_HEADS]
+    lacking = OUTPUT_HEADS if scores else SCORE_HEADS
     fitting = copy.deepcopy(lora)
     fitting.task_type = "SEQ_CLS" if scores else "CAUSAL_LM"
-    fitting.modules_to_save = whole or None
+    fitting.modules_to_save = [name for name in lora.modules_to_save or [] if name not in lacking] or None
     fitting.ensure_weight_tying = lora.ensure_weight_tying and not scores
     fitting.inference_mode = False
     return fitting
@@ -342,6 +351,7 @@ def _load_adapter_weights(model, directory):
 
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
+SCORE_HEADS = ("score", "classifier")  # PEFT lists both for any scoring model
 
 
 def has_score_head(model) -> bool:
@@ -428,7 +438,7 @@ def continue_adapter(model, directory: str) -> PeftModel:
     lora = PeftConfig.from_pretrained(directory)
     if not has_score_head(model) or lora.task_type == "SEQ_CLS":
         return PeftModel.from_pretrained(model, directory, is_trainable=True)
-    fitting = _fitting(lora, model)
+    fitting = fitting_config(lora, model)
     model = get_peft_model(model, fitting)  # a SEQ_CLS adapter trains and saves the score head, by PEFT's own rule
     _load_adapter_weights(model, directory)
     return model
@@ -466,7 +476,9 @@ def lora_config(model, lora_args) -> LoraConfig:
     whole = [name.strip() for name in (lora_args.modules_to_save or "").split(",") if name.strip()]
     scores = has_score_head(model)
     if scores:
-        whole = [name for name in whole if name not in (*OUTPUT_HEADS, "score")]  # PEFT adds the score head itself
+        whole = [
+            name for name in whole if name not in (*OUTPUT_HEADS, *SCORE_HEADS)
+        ]  # PEFT adds the score head itself
     tied = bool(getattr(model.config, "tie_word_embeddings", False)) and not scores
     if tied and whole:
         head = [name for name in whole if name in OUTPUT_HEADS]

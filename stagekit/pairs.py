@@ -14,6 +14,7 @@ from stagekit.tokenization import (
     Sample,
     choose_probes,
     encode_messages,
+    histories,
     map_rows,
 )
 
@@ -78,7 +79,7 @@ def _encode_pair(chat, preference, max_length, whole_answers):
         return IDENTICAL
     answers = [preference.chosen, preference.rejected]
     samples, shortened, whole = encode_answers(chat, preference.prompt, answers, preference.tools, max_length)
-    if whole_answers and not whole:
+    if whole_answers and not all(whole):
         return TOO_LONG
     chosen, rejected = samples
     if chosen.input_ids == rejected.input_ids:
@@ -88,7 +89,7 @@ def _encode_pair(chat, preference, max_length, whole_answers):
 
 def encode_answers(
     chat: Chat, prompt: list[dict], answers: list[list[dict]], tools: list[dict] | None, max_length: int
-) -> tuple[list[Sample], bool, bool]:
+) -> tuple[list[Sample], bool, list[bool]]:
     """Tokenise answers behind one prompt, each up to its end-of-turn, all with the same part of the prompt.
 
     Args:
@@ -100,29 +101,29 @@ def encode_answers(
 
     Returns:
         (samples, shortened, whole): one sample an answer; whether the prompt lost its beginning within its last
-        exchange; whether all answers are whole.
+        exchange; for each answer, whether it is whole.
 
     Raises:
         RowError: the template refuses the conversation.
     """
-    num_system = int(prompt[0]["role"] == "system")
-    for first in (index for index, message in enumerate(prompt) if message["role"] == "user"):
-        samples = [_encode_answer(chat, prompt, answer, tools, num_system, first) for answer in answers]
+    for _, shown in histories(prompt):
+        samples = [_encode_answer(chat, shown, answer, tools, len(prompt)) for answer in answers]
         if max(len(sample.input_ids) for sample in samples) <= max_length:
-            return samples, False, True
+            return samples, False, [True] * len(samples)
     starts = [min(start for start, _ in sample.turns.values()) for sample in samples]
-    longest = max(len(sample.input_ids) - start for sample, start in zip(samples, starts, strict=True))
-    kept = max(max_length - longest, min(*starts, max_length // 4))
+    lengths = [len(sample.input_ids) - start for sample, start in zip(samples, starts, strict=True)]
+    kept = max(max_length - max(lengths), min(*starts, max_length // 4))
     for sample, start in zip(samples, starts, strict=True):
         _cut(sample, max(0, start - kept), max_length, chat.tokenizer.bos_token_id)
-    return samples, max(starts) > kept, longest + kept <= max_length
+    whole = [length + min(start, kept) <= max_length for length, start in zip(lengths, starts, strict=True)]
+    return samples, max(starts) > kept, whole
 
 
-def _encode_answer(chat, prompt, answer, tools, num_system, first):
-    messages = [*prompt[:num_system], *prompt[first:], *answer]
-    begin, offset = len(messages) - len(answer), first - num_system
+def _encode_answer(chat, shown, answer, tools, num_prompt):
+    """One answer behind what is shown of a prompt of num_prompt messages."""
+    messages, begin = [*shown, *answer], len(shown)
     learnt = [index for index in range(begin, len(messages)) if messages[index]["role"] == "assistant"]
-    sample = encode_messages(chat, messages, tools, learnt)
+    sample, offset = encode_messages(chat, messages, tools, learnt), num_prompt - begin
     end = max(end for _, end in sample.turns.values())  # what a template writes behind it is never generated
     sample.input_ids, sample.labels = sample.input_ids[:end], sample.labels[:end]
     sample.turns = {turn + offset: span for turn, span in sample.turns.items()}

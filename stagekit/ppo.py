@@ -24,7 +24,7 @@ from trl.trainer.utils import RepeatSampler
 
 from stagekit import checks
 from stagekit.checkpoint import Source
-from stagekit.modeling import changed_tensors, copy_adapter, takes_position_ids
+from stagekit.modeling import changed_tensors, copy_adapter, fitting_config, takes_position_ids
 from stagekit.trainers import StageMixin
 
 logger = logging.getLogger(__name__)
@@ -229,9 +229,7 @@ def mount_adapter(model: PeftModel, directory: str, name: str) -> torch.Tensor |
 
     The layers of a reward model's adapter are those of the causal model: only its head is not, which is read apart.
     """
-    config = PeftConfig.from_pretrained(directory)
-    config.task_type, config.inference_mode = "CAUSAL_LM", False
-    config.modules_to_save = [part for part in config.modules_to_save or [] if part != "score"] or None
+    config = fitting_config(PeftConfig.from_pretrained(directory), model.get_base_model())
     state = load_peft_weights(directory, device="cpu")
     heads = [key for key in state if key.endswith("score.weight")]
     weight = state.pop(heads[0]) if heads else None

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from stagekit.formats import Canonical, Conversation, Preference, Question, Ranking, RowError
-from stagekit.tokenization import Chat, encode_prompt, map_rows
+from stagekit.tokenization import Chat, encode_prompt, histories, map_rows
 
 TOO_LONG = "prompt longer than --max_prompt_length"
 
@@ -36,9 +36,8 @@ def fit_prompt(chat: Chat, record: Prompt, max_prompt_length: int) -> list[int] 
     Returns:
         None where even the last exchange is too long: a cut question is another question.
     """
-    num_system = int(record.prompt[0]["role"] == "system")
-    for first in (index for index, message in enumerate(record.prompt) if message["role"] == "user"):
-        ids = encode_prompt(chat, [*record.prompt[:num_system], *record.prompt[first:]], record.tools)
+    for _, shown in histories(record.prompt):
+        ids = encode_prompt(chat, shown, record.tools)
         if len(ids) <= max_prompt_length:
             return ids
     return None

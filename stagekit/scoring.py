@@ -9,7 +9,14 @@ from peft import PeftModel
 
 from stagekit.arguments import ModelArguments
 from stagekit.checkpoint import Source, resolve
-from stagekit.modeling import is_reward_model, load_config, load_model, load_tokenizer, prepare_to_score
+from stagekit.modeling import (
+    inference_device,
+    is_reward_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    prepare_to_score,
+)
 from stagekit.pairs import encode_answers, padding_id
 from stagekit.tokenization import Chat, prepare_chat
 
@@ -32,7 +39,8 @@ def load_reward_model(directory: str, only_cpu: bool = False) -> RewardModel:
         FileNotFoundError: no such directory.
     """
     source = resolve(directory)
-    model_args = ModelArguments(model_name_or_path=directory)
+    device, dtype = inference_device(only_cpu)
+    model_args = ModelArguments(model_name_or_path=directory, dtype=dtype)
     config = load_config(source, model_args, scores=True)
     if not is_reward_model(source, config):
         raise ValueError(f"{directory} is no reward model (it writes answers); reward_modeling.py trains one")
@@ -40,10 +48,7 @@ def load_reward_model(directory: str, only_cpu: bool = False) -> RewardModel:
     chat = prepare_chat(tokenizer, None)
     pad_token_id = padding_id(tokenizer, chat.stop_ids)
     prepare_to_score(config, pad_token_id)
-    accelerated = torch.accelerator.is_available() and not only_cpu
-    device = torch.accelerator.current_accelerator().type if accelerated else "cpu"
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    settings = SimpleNamespace(bf16=bf16, fp16=False, use_cpu=not accelerated, deepspeed=None)
+    settings = SimpleNamespace(bf16=False, fp16=False, use_cpu=device == "cpu", deepspeed=None)
     model = load_model(source, model_args, settings, config, scores=True)
     if source.adapter:
         model = PeftModel.from_pretrained(model, source.adapter)
@@ -53,28 +58,30 @@ def load_reward_model(directory: str, only_cpu: bool = False) -> RewardModel:
 @torch.no_grad()
 def score_answers(
     reward: RewardModel,
-    items: list[tuple[list[dict], list[dict], list[dict] | None]],
+    items: list[tuple[list[dict], list[list[dict]], list[dict] | None]],
     max_length: int,
     batch_size: int,
-) -> Iterator[tuple[int, float | None]]:
-    """Score answers, the longest ones first, as they get ready.
+) -> Iterator[tuple[tuple[int, int], float | None]]:
+    """Score answers, the longest ones first, as they get ready; those to one prompt see the same part of it.
 
     Args:
         reward: what load_reward_model returned.
-        items: (prompt, answer, tools): messages, messages, or None.
+        items: (prompt, answers, tools): messages, a list of messages for each answer, tools or None.
         max_length: limit in tokens; a prompt gives way first.
         batch_size: answers in a forward pass.
 
     Yields:
-        (index into items, score); None for an answer that does not fit, which has no end to be scored at.
+        ((index into items, index into its answers), score); None for an answer that does not fit, which has no end to
+        be scored at.
     """
     samples = []
-    for index, (prompt, answer, tools) in enumerate(items):
-        (sample,), _, whole = encode_answers(reward.chat, prompt, [answer], tools, max_length)
-        if whole:
-            samples.append((index, sample.input_ids))
-        else:
-            yield index, None
+    for index, (prompt, answers, tools) in enumerate(items):
+        encoded, _, whole = encode_answers(reward.chat, prompt, answers, tools, max_length)
+        for number, (sample, fits) in enumerate(zip(encoded, whole, strict=True)):
+            if fits:
+                samples.append(((index, number), sample.input_ids))
+            else:
+                yield (index, number), None
     samples.sort(key=lambda item: -len(item[1]))
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]

@@ -6,6 +6,7 @@ a control token: control strings inside contents are cut in two before they are 
 
 import re
 from bisect import bisect_left, insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -266,6 +267,18 @@ def encode_conversation(
             samples.append(sample)
         index += 1
     return samples, lost
+
+
+def histories(prompt: list[dict]) -> Iterator[tuple[int, list[dict]]]:
+    """Give a prompt as it is, then without its oldest exchange, and so on down to the last one; the system stays.
+
+    Yields:
+        (index in `prompt` of the first message behind the system prompt, messages).
+    """
+    num_system = int(prompt[0]["role"] == "system")
+    for first, message in enumerate(prompt):
+        if message["role"] == "user":
+            yield first, [*prompt[:num_system], *prompt[first:]]
 
 
 def _guarded(chat, messages, tools):

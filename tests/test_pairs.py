@@ -226,11 +226,11 @@ def test_a_bos_stays_where_the_prompt_loses_its_beginning():
     assert 10 < room < len(shown)
     answers = [answer("Rest. Rest. Rest."), answer("Drink.")]
     samples, shortened, all_whole = encode_answers(chat, prompt, answers, None, 40)
-    assert shortened and all_whole
+    assert shortened and all(all_whole)
     assert_is(samples[0], [bos, *shown[1 - room :]], ids_of(chat, long))
     assert_is(samples[1], [bos, *shown[1 - room :]], ids_of(chat, short))
     (whole,), shortened, all_whole = encode_answers(chat, prompt, answers[1:], None, 200)
-    assert all_whole and not shortened
+    assert all(all_whole) and not shortened
     assert_is(whole, shown, ids_of(chat, short))
 
 
@@ -260,7 +260,7 @@ def test_several_answers_all_see_the_same_part_of_the_prompt(chat):
     shown = rendered(chat, [prompt[0], *prompt[3:]])
     exact = len(shown) + max(len(closed(chat, text)) for text in texts)
     samples, shortened, all_whole = encode_answers(chat, prompt, [answer(text) for text in texts], None, exact)
-    assert all_whole and not shortened
+    assert all(all_whole) and not shortened
     for sample, text in zip(samples, texts, strict=True):
         assert_is(sample, shown, closed(chat, text))
         assert sample.turns == {4: (len(shown), len(sample.input_ids))}
@@ -290,7 +290,7 @@ def test_whatever_the_lengths_the_answers_come_first_and_then_as_much_prompt_as_
         samples, shortened, all_whole = encode_answers(
             chat, prompt, [answer(text) for text in sides], None, max_length
         )
-        assert all_whole == (not any(sample.truncated for sample in samples))
+        assert all_whole == [not sample.truncated for sample in samples]
         for sample, ending in zip(samples, endings, strict=True):
             cut = ending[: max_length - len(visible)]
             assert_is(sample, visible, cut, truncated=len(cut) < len(ending))

@@ -61,7 +61,8 @@ ITEMS = [item(row["question"], row[side]) for side in ("chosen", "rejected") for
 
 
 def scored(reward, items, max_length=128, batch_size=4):
-    found = list(score_answers(reward, items, max_length, batch_size))
+    items = [(prompt, [answer], tools) for prompt, answer, tools in items]
+    found = [(index, score) for (index, _), score in score_answers(reward, items, max_length, batch_size)]
     assert sorted(index for index, _ in found) == list(range(len(items)))  # each answer once
     return [score for _, score in sorted(found)]
 
@@ -112,6 +113,17 @@ def test_an_answer_that_does_not_fit_has_no_score(trained, reward):
     found = scored(reward, items, max_length=longest)
     assert found[1] is None and None not in (found[0], found[2])
     assert [found[0], found[2]] == pytest.approx(scored(reward, [items[0], items[2]]), abs=1e-5)
+
+
+def test_two_answers_to_one_prompt_are_scored_behind_the_same_part_of_it(trained, reward):
+    """As in training: the long answer leaves no room for the first exchange, and the short one does not see it."""
+    prompt = [user("What is a fever?"), says("Heat."), user("And then?")]
+    texts = ["Rest.", "Rest and drink water. " * 4 + "Rest."]
+    tails = [prompt_of("And then?") + text + "<|im_end|>" for text in texts]
+    length = len(AutoTokenizer.from_pretrained(trained.base).encode(tails[1]))
+    found = dict(score_answers(reward, [(prompt, [[says(text)] for text in texts], None)], length, 4))
+    for number, tail in enumerate(tails):
+        assert found[0, number] == pytest.approx(by_hand(trained, tail), abs=1e-5)
 
 
 def test_a_prompt_that_is_too_long_loses_its_oldest_exchange_first(trained, reward):

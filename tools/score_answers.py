@@ -33,7 +33,7 @@ def parse_command_line(argv):
 
 
 def answers_of(record, data_format):
-    """What a record asks to be scored: (names of the results, [(prompt, answer, tools), …])."""
+    """What a record asks to be scored: (kind of result, prompt, answers, tools)."""
     from stagekit.formats import Conversation, Preference, Question, Ranking, RowError, to_canonical
 
     if isinstance(record, dict) and "prediction" in record and isinstance(record.get("messages"), list):
@@ -46,22 +46,21 @@ def answers_of(record, data_format):
         }
         canonical, _ = to_canonical(asked, "conversation")
         answer = [{"role": "assistant", "content": record["prediction"]}]
-        return "score", [(canonical.messages[:-1], answer, canonical.tools)]
+        return "score", canonical.messages[:-1], [answer], canonical.tools
     canonical, _ = to_canonical(record, data_format)
     if isinstance(canonical, Conversation):
-        return "score", [(canonical.messages[:-1], canonical.messages[-1:], canonical.tools)]
+        return "score", canonical.messages[:-1], [canonical.messages[-1:]], canonical.tools
     if isinstance(canonical, Question):
-        return "score", [(canonical.prompt, [{"role": "assistant", "content": canonical.solution}], None)]
+        return "score", canonical.prompt, [[{"role": "assistant", "content": canonical.solution}]], None
     if isinstance(canonical, Preference):
-        sides = (canonical.chosen, canonical.rejected)
-        return "pair", [(canonical.prompt, answer, canonical.tools) for answer in sides]
+        return "pair", canonical.prompt, [canonical.chosen, canonical.rejected], canonical.tools
     if isinstance(canonical, Ranking):
-        return "ranking", [(canonical.prompt, answer, canonical.tools) for answer in canonical.answers]
+        return "ranking", canonical.prompt, canonical.answers, canonical.tools
     raise RowError("this is running text, and only answers can be scored")
 
 
 def read_answers(data_file, data_format):
-    """[(record, kind, items)] of all records; a broken one ends the program with its file and line."""
+    """[(record, kind, (prompt, answers, tools))] of all records; a broken one ends the program with file and line."""
     from stagekit.data import find_files, read_records
     from stagekit.formats import RowError
 
@@ -71,7 +70,8 @@ def read_answers(data_file, data_format):
             try:
                 if isinstance(record, RowError):
                     raise record
-                rows.append((record, *answers_of(record, data_format)))
+                kind, *item = answers_of(record, data_format)
+                rows.append((record, kind, tuple(item)))
             except RowError as error:
                 raise ValueError(f"{path}:{line}: {error}") from None
     return rows
@@ -86,17 +86,16 @@ def main(argv=None):
 
     rows = read_answers(args.data_file, args.data_format)
     reward = load_reward_model(args.reward_model, args.only_cpu)
-    items = [item for _, _, found in rows for item in found]
-    scores = [None] * len(items)
-    progress = tqdm(total=len(items), desc="scoring", unit="answer")
-    for index, score in score_answers(reward, items, args.max_length, args.batch_size):
-        scores[index] = score
+    items = [item for _, _, item in rows]
+    scores = [[None] * len(answers) for _, answers, _ in items]
+    progress = tqdm(total=sum(map(len, scores)), desc="scoring", unit="answer")
+    for (index, number), score in score_answers(reward, items, args.max_length, args.batch_size):
+        scores[index][number] = score
         progress.update()
     progress.close()
 
-    lines, position, right, pairs = [], 0, 0.0, 0
-    for record, kind, found in rows:
-        mine, position = scores[position : position + len(found)], position + len(found)
+    lines, right, pairs = [], 0.0, 0
+    for (record, kind, _), mine in zip(rows, scores, strict=True):
         named = {"score": {"score": mine[0]}, "ranking": {"scores": mine}}
         if kind == "pair":
             named["pair"] = {"chosen_score": mine[0], "rejected_score": mine[1]}
@@ -109,9 +108,10 @@ def main(argv=None):
     temporary.write_text("".join(lines), encoding="utf-8")
     os.replace(temporary, args.output_file)
 
-    known = [score for score in scores if score is not None]
-    if len(known) < len(scores):
-        print(f"{len(scores) - len(known)} answers do not fit --max_length {args.max_length}: their score is null")
+    known = [score for mine in scores for score in mine if score is not None]
+    unknown = sum(map(len, scores)) - len(known)
+    if unknown:
+        print(f"{unknown} answers do not fit --max_length {args.max_length}: their score is null")
     if known:
         print(
             f"{len(known)} answers, mean score {statistics.fmean(known):+.3f}, {min(known):+.3f} to {max(known):+.3f}"
