@@ -1,7 +1,7 @@
 r"""Proximal policy optimization: a policy learns from the scores of its own answers, with a critic, on one base model.
 
 Reads   --model_name_or_path   the directory of the fine-tuning stage: policy, and frozen as the reference
-        --reward_model_path    what reward_modeling.py wrote on the same base: the scores, and where the critic starts
+        --reward_model_path    what reward_modeling.py wrote, best on the same base: the scores, and the critic's start
         --train_file_dir       prompts: conversations, questions or preferences (their answers are not looked at)
 Writes  --output_dir           the policy's adapter, tokenizer, stage.json, samples.jsonl: all inference.py needs
 
@@ -13,8 +13,12 @@ Run it through scripts/run_ppo.sh, or:
 The algorithm is in stagekit/ppo.py, each equation with its number.
 """
 
+import copy
+import logging
 import os
 from dataclasses import dataclass, field
+
+from peft import PeftModel
 
 from stagekit import checks
 from stagekit.arguments import (
@@ -22,6 +26,7 @@ from stagekit.arguments import (
     LoraArguments,
     ModelArguments,
     PromptArguments,
+    RolloutArguments,
     RunArguments,
     StageTrainingArguments,
     parse_args,
@@ -36,11 +41,15 @@ from stagekit.modeling import (
     load_tokenizer,
     prepare_for_training,
 )
-from stagekit.ppo import PPOTrainer, PromptCollator, build_roles
+from stagekit.ppo import PPOTrainer, build_roles, build_separate_roles
 from stagekit.prompts import accept_prompt, tokenize_prompts
 from stagekit.rewards import load_rewards
+from stagekit.rollouts import PromptCollator
 from stagekit.run import check_memory, finish_run, load_data, run_stage, start_run
+from stagekit.scoring import RewardModel, load_reward_model
 from stagekit.tokenization import prepare_chat
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -52,28 +61,13 @@ class PPOArguments:
     reward_model_path: str | None = field(
         default=None,
         metadata={
-            "help": "Directory reward_modeling.py wrote, on the same base as the policy: one base is in memory."
+            "help": "Directory reward_modeling.py wrote. An adapter on the policy's base shares it: one base is in "
+            "memory. A reward model of another base, size or architecture, or a whole one, is loaded beside it."
         },
-    )
-    reward_functions: str | None = field(
-        default=None,
-        metadata={
-            "help": "Functions that score answers, beside a reward model or without one: names of stagekit/rewards.py "
-            "with commas (accuracy, format, language, repetition, length, math), or path/to/file.py:function."
-        },
-    )
-    reward_weights: str | None = field(
-        default=None, metadata={"help": "One number for each function; default 1 each."}
     )
     allow_untrained_reward_model: bool = field(
         default=False, metadata={"help": "Go on although the reward model shows no accuracy above chance."}
     )
-    max_prompt_length: int = field(
-        default=512,
-        metadata={"help": "Longest prompt in tokens; the oldest exchanges give way, longer ones are left out."},
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "Longest answer in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the sampler; 1 samples from the policy itself."})
     num_mini_batches: int = field(
         default=1,
         metadata={"help": "Optimiser steps in one pass over a rollout; a rollout has as many global batches."},
@@ -106,18 +100,11 @@ class PPOArguments:
     missing_eos_penalty: float = field(
         default=1.0, metadata={"help": "Taken from the score of an answer that did not end by itself."}
     )
-    show_samples: int = field(default=2, metadata={"help": "Answers shown at every log; all are in samples.jsonl."})
 
     def __post_init__(self):
-        if not self.reward_model_path and not self.reward_functions:
-            raise ValueError(
-                "--reward_model_path is missing: name the directory reward_modeling.py wrote, or --reward_functions"
-            )
-        for name in ("max_prompt_length", "max_completion_length", "num_mini_batches", "num_ppo_epochs", "kl_horizon"):
+        for name in ("num_mini_batches", "num_ppo_epochs", "kl_horizon"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature must be positive, got {self.temperature}; greedy answers explore nothing")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} must be in [0, 1], got {getattr(self, name)}")
@@ -128,69 +115,102 @@ ARGUMENTS = (
     DataArguments,
     PromptArguments,
     LoraArguments,
+    RolloutArguments,
     PPOArguments,
     RunArguments,
     StageTrainingArguments,
 )
 
 
-def find_reward_model(path: str, source: Source, model_args) -> Source:
-    """Find the reward model, which must stand on the base of the policy.
+def find_reward_model(path: str, model_args) -> Source:
+    """Find the reward model.
 
     Raises:
-        ValueError: it is not there, writes answers, or was trained on another base.
+        ValueError: it is not there, or writes answers.
     """
     if not os.path.isdir(path):
         raise ValueError(f"--reward_model_path {path}: no such directory; sh scripts/run_rm.sh trains a reward model")
     reward = resolve(path)
     if not is_reward_model(reward, load_config(reward, model_args, scores=True)):
         raise ValueError(f"--reward_model_path {path} is no reward model (it writes answers)")
-    same = base_fingerprint(reward.base) == base_fingerprint(source.base) and reward.merged == source.merged
-    if not same or not reward.adapter:
-        raise ValueError(
-            f"--reward_model_path {path} must be an adapter on the policy's base, {source.base}, and is one on "
-            f"{reward.base}; train it from the same stage"
-        )
     return reward
+
+
+def shares_base(reward: Source, source: Source) -> bool:
+    """Whether a reward model is an adapter on the policy's base."""
+    same = base_fingerprint(reward.base) == base_fingerprint(source.base) and reward.merged == source.merged
+    return same and bool(reward.adapter)
+
+
+def load_critic(reward: RewardModel | None, run, tokenizer, model_args, config):
+    """The model a critic of its own starts from, and its head: the reward model if it reads the policy's tokens."""
+    if reward is not None and reward.chat.tokenizer.get_vocab() == tokenizer.get_vocab():
+        model = copy.deepcopy(reward.model)
+        model = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        return model.float(), model.score.weight.detach()
+    logger.info("the critic starts as the policy: there is no reward model that reads its tokens")
+    return load_model(run.source, model_args, run.training_args, config).float(), None
 
 
 @run_stage
 def main():
     parsed = parse_args(*ARGUMENTS, description=__doc__)
-    model_args, data_args, prompt_args, lora_args, ppo_args, run_args, training_args = parsed
-    if not lora_args.use_peft or zero_stage(training_args.deepspeed) == 3:
+    model_args, data_args, prompt_args, lora_args, rollout_args, ppo_args, run_args, training_args = parsed
+    if not ppo_args.reward_model_path and not rollout_args.reward_functions:
         raise ValueError(
-            "PPO puts its roles on one base as adapters, so it needs --use_peft True, and a base that is whole on "
-            "every process: ZeRO-2 instead of ZeRO-3"
+            "--reward_model_path is missing: name the directory reward_modeling.py wrote, or --reward_functions"
         )
-    own = (data_args, prompt_args, ppo_args)
+    if zero_stage(training_args.deepspeed) == 3:
+        raise ValueError("PPO needs a base that is whole on every process: use ZeRO-2 instead of ZeRO-3")
+    own = (data_args, prompt_args, rollout_args, ppo_args)
     run = start_run("ppo", model_args, lora_args, run_args, training_args, *own)
 
     tokenizer = load_tokenizer(run.source, model_args)
     run.chat = chat = prepare_chat(tokenizer, prompt_args.template_name)
-    longest = ppo_args.max_prompt_length + ppo_args.max_completion_length
+    longest = rollout_args.max_prompt_length + rollout_args.max_completion_length
     config = load_config(run.source, model_args, longest=longest)
-    functions = load_rewards(ppo_args.reward_functions, ppo_args.reward_weights) if ppo_args.reward_functions else []
-    reward = None
+    rewards = load_rewards(rollout_args.reward_functions, rollout_args.reward_weights)
+    shared, reward_model = None, None
     if ppo_args.reward_model_path:
-        reward = find_reward_model(ppo_args.reward_model_path, run.source, model_args)
-        found = (reward.stage, reward.directory, ppo_args.allow_untrained_reward_model)
+        shared = find_reward_model(ppo_args.reward_model_path, model_args)
+        found = (shared.stage, shared.directory, ppo_args.allow_untrained_reward_model)
         run.checks.run("reward_model_is_trained", checks.reward_model_is_trained, *found)
 
     def tokenize(rows, ledger, **progress):
-        return tokenize_prompts(rows, ledger, chat, ppo_args.max_prompt_length, **progress)
+        return tokenize_prompts(rows, ledger, chat, rollout_args.max_prompt_length, **progress)
 
-    datasets, _ = load_data(run, data_args, accept_prompt, tokenize, tokenizer, ppo_args.max_prompt_length)
+    datasets, _ = load_data(run, data_args, accept_prompt, tokenize, tokenizer, rollout_args.max_prompt_length)
     run.checks.run("no_forged_turns", checks.no_forged_turns, chat)
-    check_memory(run, config, model_args, lora_args, longest)
+    full = not lora_args.use_peft
+    check_memory(run, config, model_args, lora_args, longest, reference_model=full)
+    if shared and (full or not shares_base(shared, run.source)):
+        logger.info(
+            "the reward model is loaded beside the policy: %s", "all weights are trained" if full else "another base"
+        )
+        reward_model, shared = load_reward_model(ppo_args.reward_model_path, training_args.use_cpu), None
+        if reward_model.max_length < longest:
+            raise ValueError(
+                f"--reward_model_path {ppo_args.reward_model_path} reads {reward_model.max_length} tokens, and prompt "
+                f"and answer may have {longest}; lower --max_prompt_length or --max_completion_length"
+            )
     model = load_model(run.source, model_args, training_args, config)
     model, run.tuning = add_adapter(model, run.source, lora_args, training_args)
+    if full:
+        reference = load_model(run.source, model_args, training_args, config)
+        critic = load_critic(reward_model, run, tokenizer, model_args, config)
+        if training_args.activation_checkpointing:  # the Trainer sees to the policy's
+            critic[0].gradient_checkpointing_enable(training_args.gradient_checkpointing_kwargs)
+        roles = build_separate_roles(model, reference, *critic)
+    else:
+        roles = build_roles(model, run.source, shared)
     prepare_for_training(model, training_args)
     trainer = PPOTrainer(
         run,
-        build_roles(model, run.source, reward),
+        roles,
         ppo_args,
-        functions,
+        rollout_args,
+        rewards,
+        reward_model,
         args=training_args,
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],

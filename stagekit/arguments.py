@@ -6,6 +6,7 @@ is never declared again: the parser refuses duplicates.
 
 import argparse
 import difflib
+import importlib.util
 import json
 import os
 import sys
@@ -232,6 +233,60 @@ class PairArguments:
     def __post_init__(self):
         if self.max_length < 16:
             raise ValueError(f"--max_length must be at least 16 tokens, got {self.max_length}")
+
+
+@dataclass
+class RolloutArguments:
+    """How the policy answers while it is trained, and what judges the answers; PPO and GRPO ask."""
+
+    _argument_group_name = "answers and their reward"
+
+    reward_functions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Functions that score answers, with commas: names of stagekit/rewards.py (accuracy, format, "
+            "language, repetition, length, math), or path/to/file.py:function."
+        },
+    )
+    reward_weights: str | None = field(
+        default=None, metadata={"help": "One number for each function, e.g. 1,0.2; default 1 each."}
+    )
+    max_prompt_length: int = field(
+        default=512,
+        metadata={"help": "Longest prompt in tokens; the oldest exchanges give way, longer ones are left out."},
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Longest answer in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the sampler; 1 samples from the policy itself."})
+    show_samples: int = field(default=2, metadata={"help": "Answers shown at every log; more are in samples.jsonl."})
+    use_vllm: bool = field(
+        default=False,
+        metadata={
+            "help": "Sample with vLLM (pip install trl[vllm], GPUs only). It gets the policy's weights after every "
+            "update, which a check proves each time: its log-probabilities must be the trainer's."
+        },
+    )
+    vllm_mode: str = field(
+        default="colocate",
+        metadata={
+            "help": "colocate: on the GPUs that train; server: a server that `trl vllm-serve` runs on others.",
+            "choices": ["colocate", "server"],
+        },
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.3, metadata={"help": "Share of a GPU's memory for vLLM (colocate)."}
+    )
+    vllm_tensor_parallel_size: int = field(default=1, metadata={"help": "GPUs one copy is split over (colocate)."})
+    vllm_server_host: str = field(default="0.0.0.0", metadata={"help": "Where the server is."})
+    vllm_server_port: int = field(default=8000, metadata={"help": "Its port."})
+
+    def __post_init__(self):
+        for name in ("max_prompt_length", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature must be positive, got {self.temperature}; greedy answers explore nothing")
+        if self.use_vllm and not importlib.util.find_spec("vllm"):
+            raise ValueError("--use_vllm True needs vLLM, which is not installed: pip install 'trl[vllm]' (GPUs only)")
 
 
 @dataclass

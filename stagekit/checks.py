@@ -25,6 +25,7 @@ NAMES = (
     "reference_is_parent",
     "reward_model_is_trained",
     "rollout_is_policy",
+    "sampler_is_policy",
     "policy_is_sane",
     "processes_share_gradients",
     "gradients_flow",
@@ -387,6 +388,28 @@ def rollout_is_policy(model, logps: torch.Tensor, rollout_logps: torch.Tensor, m
             "not what sampled them"
         )
     return f"ratio 1 within {math.expm1(difference):.1g}", f"{limit:g}"
+
+
+def sampler_is_policy(
+    model, sampled: torch.Tensor, trained: torch.Tensor, mask: torch.Tensor, samples_apart: bool = False
+) -> tuple[str, str]:
+    """The sampler (a cache, padding; vLLM's copy of the weights) gives tokens the probabilities training computes.
+
+    Args:
+        model: as the trainer wrapped it.
+        sampled, trained: log-probabilities of answers' tokens under both, (batch, response_len); NaN is not known.
+        mask: (batch, response_len).
+        samples_apart: the sampler is another program with other kernels, so that only means are alike.
+    """
+    differences = (sampled - trained).abs()[mask.bool()]
+    mean = differences[~differences.isnan()].mean().item()
+    limit = 1e-4 if _computes_in_fp32(model) and not samples_apart else 5e-2
+    if not mean <= limit:
+        raise CheckError(
+            f"the sampler's log-probabilities differ from the trainer's by {mean:.3g} nats a token (limit {limit:g}): "
+            + ("its weights are not the policy's" if samples_apart else "it does not compute what is trained")
+        )
+    return f"mean difference {mean:.1g} nats a token", f"{limit:g}"
 
 
 def policy_is_sane(kl: float, max_kl: float, entropy: float) -> tuple[str, str]:

@@ -8,9 +8,9 @@ Shapes: a rollout holds `batch` prompts padded on the left, each with an answer 
 answers is (batch, response_len), and `mask` is 1 on an answer's tokens up to and including the one that ends it.
 """
 
+import contextlib
 import copy
 import json
-import logging
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,15 +19,14 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GenerationConfig, Trainer
+from transformers import Trainer
 from trl.trainer.utils import RepeatSampler
 
 from stagekit import checks
 from stagekit.checkpoint import Source
 from stagekit.modeling import changed_tensors, copy_adapter, fitting_config, takes_position_ids
-from stagekit.trainers import StageMixin
-
-logger = logging.getLogger(__name__)
+from stagekit.rollouts import RolloutMixin, VLLMSampler, mask_answers, repetition
+from stagekit.scoring import RewardModel, score_answers
 
 # -- the algorithm ---------------------------------------------------------------------------------------------------
 
@@ -150,19 +149,21 @@ class Roles(nn.Module):
         policy      "default"   trained
         reference   "ref"       frozen copy of what the policy starts from; none if that is the base itself
         critic      "critic"    trained; starts as the reward model, or as the policy where there is none on this base
-        reward      "reward"    frozen
+        reward      "reward"    frozen; none if scores come from elsewhere
+
+    Where all weights are trained there is nothing to share, and reference and critic are models apart.
 
     The heads stand inside this module so that data-parallel training sees them used in forward(). One forward and
     backward pass has one role: under activation checkpointing the backward pass computes with whichever adapter is
     active then.
     """
 
-    def __init__(self, model: PeftModel, heads: dict[str, nn.Linear]):
+    def __init__(self, model, heads: dict[str, nn.Linear], apart: dict[str, nn.Module] | None = None):
         super().__init__()
-        self.model, self.heads = model, nn.ModuleDict(heads)
-        self.config = model.get_base_model().config
+        self.model, self.heads, self.apart = model, nn.ModuleDict(heads), nn.ModuleDict(apart or {})
+        self.config = unwrapped(model).config
         self.has_positions = takes_position_ids(self.config)
-        present = model.peft_config
+        present = getattr(model, "peft_config", {})
         names = {"policy": "default", "reference": "ref", "critic": "critic", "reward": "reward"}
         self.adapters = {role: name if name in present else None for role, name in names.items()}
         self.activate("policy")
@@ -178,8 +179,13 @@ class Roles(nn.Module):
         name = self.adapters["reference"]
         return changed_tensors(self.model, name, source.adapter) if name else ([], 0)
 
-    def activate(self, role: str) -> PeftModel:
-        """Make the base compute as this role."""
+    def activate(self, role: str):
+        """Make the base compute as this role, and return it; or return the role's own model."""
+        if role in self.apart:
+            return self.apart[role]
+        if not isinstance(self.model, PeftModel):
+            assert role == "policy", role
+            return self.model
         name = self.adapters[role]
         if name is None:
             assert role == "reference", role
@@ -217,11 +223,21 @@ class Roles(nn.Module):
             all_logps = logits.log_softmax(dim=-1)
             logps = all_logps.gather(-1, input_ids[:, -num_tokens:].unsqueeze(-1)).squeeze(-1)
             return logps, -(all_logps.exp() * all_logps).sum(dim=-1)
-        base = model.get_base_model()
-        hidden = getattr(base, base.base_model_prefix)(**inputs).last_hidden_state
+        hidden = backbone(model)(**inputs).last_hidden_state
         seen = hidden[:, -num_tokens - 1 : -1] if role == "critic" else hidden[:, -num_tokens:]
         head = self.heads[role]
         return head(seen.to(head.weight.dtype)).squeeze(-1).float()
+
+
+def unwrapped(model):
+    """The model below its adapters."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def backbone(model):
+    """The layers below a model's head."""
+    model = unwrapped(model)
+    return getattr(model, model.base_model_prefix, model)
 
 
 def mount_adapter(model: PeftModel, directory: str, name: str) -> torch.Tensor | None:
@@ -262,6 +278,21 @@ def build_roles(model: PeftModel, source: Source, reward: Source | None) -> Role
     return Roles(model, heads)
 
 
+def build_separate_roles(policy, reference, critic, critic_head: torch.Tensor | None) -> Roles:
+    """Put models of their own beside a policy all of whose weights are trained.
+
+    Args:
+        policy, reference: causal models; the reference is what the policy starts from.
+        critic: a reward model, or another copy of the policy; its layers are trained too.
+        critic_head: weight of the reward model's score head, (1, hidden); None starts from 0.
+    """
+    if critic_head is None:
+        critic_head = torch.zeros(1, policy.config.get_text_config().hidden_size)
+    layers = backbone(critic).requires_grad_(True)
+    apart = {"reference": reference.eval().requires_grad_(False), "critic": layers}
+    return Roles(policy, {"critic": linear_head(critic_head)}, apart)
+
+
 def linear_head(weight: torch.Tensor) -> nn.Linear:
     """A head without bias from its weight, (1, hidden)."""
     head = nn.Linear(weight.shape[1], 1, bias=False)
@@ -299,18 +330,29 @@ CRITIC_FILE = "critic.safetensors"
 HEAD = "value_head.weight"  # its name in there
 
 
-class PPOTrainer(StageMixin, Trainer):
+class PPOTrainer(RolloutMixin, Trainer):
     """Trains policy and critic on rollouts of the policy.
 
     transformers' loop sees micro-batches; this trainer decides what is in one. A rollout of
     per_device_train_batch_size x gradient_accumulation_steps x num_mini_batches prompts a process is made first. Then
     each of num_ppo_epochs passes over it takes num_mini_batches optimiser steps, and each step consists of
     gradient_accumulation_steps micro-batches, seen once as the policy and once as the critic.
+
+    Scores come from the reward role, from a reward model of its own (`reward_model`), or from functions.
     """
 
-    def __init__(self, run, roles: Roles, ppo_args, reward_functions: list, **kwargs):
+    def __init__(
+        self,
+        run,
+        roles: Roles,
+        ppo_args,
+        rollout_args,
+        rewards: list,
+        reward_model: RewardModel | None = None,
+        **kwargs,
+    ):
         args = kwargs["args"]
-        self.ppo, self.reward_functions = ppo_args, reward_functions
+        self.ppo, self.reward_model = ppo_args, reward_model
         self.chunks = args.gradient_accumulation_steps * ppo_args.num_mini_batches  # micro-batches of a rollout
         self.chunks_per_step = args.gradient_accumulation_steps
         args.gradient_accumulation_steps *= 2  # policy and critic
@@ -320,13 +362,11 @@ class PPOTrainer(StageMixin, Trainer):
         for module in roles.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the ratio of new and old probabilities must say what training changed, nothing else
-        super().__init__(run, model=roles, **kwargs)
+        super().__init__(run, rollout_args, rewards, model=roles, **kwargs)
         self.kl = KLController(ppo_args.kl_coef, ppo_args.target_kl, ppo_args.kl_horizon)
         self.rollout: Rollout | None = None
         self.micro: int | None = None  # micro-batches seen so far
-        self.samples: list[dict] = []
-        self.chat = run.chat
-        self.pad_token_id = self.processing_class.pad_token_id
+        self.vllm = VLLMSampler(self, roles.model) if rollout_args.use_vllm else None
 
     @property
     def roles(self) -> Roles:
@@ -365,42 +405,17 @@ class PPOTrainer(StageMixin, Trainer):
 
     # -- rollouts --
 
-    @torch.no_grad()
-    def generate(self, input_ids, attention_mask, greedy: bool) -> torch.Tensor:
-        """Let the policy answer, prompts of like length together: (batch, response_len), padded on the right."""
+    @contextlib.contextmanager
+    def policy_to_sample(self):
+        """The policy, with a cache."""
         model = self.roles.activate("policy")
-        config = GenerationConfig(
-            max_new_tokens=self.ppo.max_completion_length,
-            do_sample=not greedy,
-            temperature=None if greedy else self.ppo.temperature,
-            top_k=None if greedy else 0,
-            top_p=None if greedy else 1.0,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=self.chat.stop_ids,
-        )
-        lengths = attention_mask.sum(dim=1)
-        order = torch.argsort(lengths, stable=True)
-        size = self.args.per_device_eval_batch_size
-        answers = input_ids.new_full((len(input_ids), self.ppo.max_completion_length), self.pad_token_id)
         cache, model.config.use_cache = model.config.use_cache, True
-        for rows in order.split(size):
-            width = int(lengths[rows].max())
-            ids = input_ids[rows, -width:]
-            with self.accelerator.autocast():  # generate() does not pass through the forward that has it
-                whole = model.generate(
-                    input_ids=ids, attention_mask=attention_mask[rows, -width:], generation_config=config
-                )
-            answers[rows, : whole.shape[1] - width] = whole[:, width:]
+        yield model
         model.config.use_cache = cache
-        return answers
 
-    def _answer_mask(self, answers):
-        """(mask, stopped): 1 up to and including the first stop token; whether there is one."""
-        stops = torch.isin(answers, torch.tensor(self.chat.stop_ids, device=answers.device))
-        stopped = stops.any(dim=1)
-        last = torch.where(stopped, stops.int().argmax(dim=1), answers.shape[1] - 1)
-        positions = torch.arange(answers.shape[1], device=answers.device)
-        return (positions <= last.unsqueeze(1)).long(), stopped
+    def policy_logps(self, input_ids, attention_mask, num_tokens):
+        """See Roles.forward."""
+        return self.roles("policy", input_ids, attention_mask, num_tokens, self.rollout_args.temperature)[0]
 
     @torch.no_grad()
     def _in_parts(self, role, input_ids, attention_mask, num_tokens):
@@ -408,7 +423,8 @@ class PPOTrainer(StageMixin, Trainer):
         size, found = self.args.per_device_eval_batch_size, []
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
-            out = self.roles(role, input_ids[part], attention_mask[part], num_tokens, self.ppo.temperature)
+            temperature = self.rollout_args.temperature
+            out = self.roles(role, input_ids[part], attention_mask[part], num_tokens, temperature)
             found.append(out if isinstance(out, tuple) else (out,))
         return [torch.cat(column) for column in zip(*found, strict=True)]
 
@@ -419,51 +435,66 @@ class PPOTrainer(StageMixin, Trainer):
             inputs: what the collator returns: input_ids, attention_mask, rows.
             greedy: take the likeliest token (held-out prompts) instead of sampling.
         """
-        prompts, prompt_mask = inputs["input_ids"], inputs["attention_mask"]
-        answers = self.generate(prompts, prompt_mask, greedy)
-        mask, stopped = self._answer_mask(answers)
+        prompts, prompt_mask, sampled = inputs["input_ids"], inputs["attention_mask"], None
+        if self.vllm and not greedy:
+            self.roles.activate("policy")
+            answers, sampled = self.vllm(inputs["rows"], self.state.global_step)
+        else:
+            answers = self.sample_answers(prompts, prompt_mask, greedy)
+        mask, stopped = mask_answers(answers, self.chat.stop_ids)
         width = int(mask.sum(dim=1).max())
         answers, mask = answers[:, :width], mask[:, :width]
-        answers = torch.where(mask.bool(), answers, self.pad_token_id)
+        answers = torch.where(mask.bool(), answers, self.processing_class.pad_token_id)
         ids, attention = torch.cat([prompts, answers], dim=1), torch.cat([prompt_mask, mask], dim=1)
         logps, entropies = self._in_parts("policy", ids, attention, width)
+        if sampled is not None:
+            compared = (self.model, sampled[:, :width], logps, mask, True)
+            self.run.checks.run("rollout_is_policy", checks.sampler_is_policy, *compared, quiet=True)
         reference, _ = self._in_parts("reference", ids, attention, width)
-        scores = self._score(inputs["rows"], ids, attention, answers, mask, stopped)
+        texts = [self.answer_text(answer[own.bool()].tolist()) for answer, own in zip(answers, mask, strict=True)]
+        judged = self.judge(inputs["rows"], texts)
+        scores = self.weigh(judged, len(ids)) + self._model_scores(
+            inputs["rows"], ids, attention, texts, mask, stopped
+        )
+        if self.ppo.score_clip is not None:
+            scores = scores.clamp(-self.ppo.score_clip, self.ppo.score_clip)
         scores = scores - self.ppo.missing_eos_penalty * (~stopped)
         return {
             **{"input_ids": ids, "attention_mask": attention, "answers": answers, "mask": mask, "stopped": stopped},
             **{"logps": logps, "reference_logps": reference, "entropies": entropies, "scores": scores},
+            **{"texts": texts, "judged": judged},
         }
 
-    def _score(self, rows, ids, attention, answers, mask, stopped):
-        """Scores of the answers: by the reward role at the end-of-turn token, or by the functions of the run.
+    def _model_scores(self, rows, ids, attention, texts, mask, stopped):
+        """Scores of the answers by the reward model, read at the end-of-turn token; 0 without one.
 
         An answer that was cut has no end to be scored at: the end-of-turn is put behind it, and the penalty says so.
         """
-        total = torch.zeros(len(ids), device=ids.device)
-        if "reward" in self.roles.heads:
-            stop = self.chat.stop_ids[0]
-            longer = torch.cat([ids, ids.new_full((len(ids), 1), self.pad_token_id)], dim=1)
-            seen = torch.cat([attention, attention.new_zeros((len(ids), 1))], dim=1)
-            end = ids.shape[1] - mask.shape[1] + mask.sum(dim=1)  # column behind the answer
-            every = torch.arange(len(ids), device=ids.device)
-            last = torch.where(stopped, end - 1, end)
-            longer[every, last] = stop  # one way of ending an answer, whichever stop token the policy chose
-            seen[every, last] = 1
-            scores = self._in_parts("reward", longer, seen, mask.shape[1] + 1)[0]
-            total = total + scores[every, last - (ids.shape[1] - mask.shape[1])]
-        texts = [self._text(answer, own) for answer, own in zip(answers, mask, strict=True)]
-        prompts, references = ([row[name] for row in rows] for name in ("prompt", "reference"))
-        for function in self.reward_functions:
-            judged = function.score_all(prompts, texts, references)
-            total = total + function.weight * torch.tensor([item.score for item in judged], device=ids.device)
-        if self.ppo.score_clip is not None:
-            total = total.clamp(-self.ppo.score_clip, self.ppo.score_clip)
-        return total
-
-    def _text(self, answer, mask):
-        kept = [token for token in answer[mask.bool()].tolist() if token not in self.chat.stop_ids]
-        return self.processing_class.decode(kept, clean_up_tokenization_spaces=False).strip()
+        if self.reward_model is not None:
+            items = []
+            for row, text in zip(rows, texts, strict=True):
+                shown = json.loads(row["conversation"])
+                items.append((shown["messages"], [[{"role": "assistant", "content": text}]], shown["tools"]))
+            size = self.args.per_device_eval_batch_size
+            found = dict(score_answers(self.reward_model, items, self.reward_model.max_length, size))
+            scores = [found[index, 0] for index in range(len(items))]
+            if None in scores:
+                raise ValueError(
+                    f"an answer is longer than the {self.reward_model.max_length} tokens the reward model reads; "
+                    "lower --max_completion_length"
+                )
+            return torch.tensor(scores, device=ids.device)
+        if "reward" not in self.roles.heads:
+            return torch.zeros(len(ids), device=ids.device)
+        longer = torch.cat([ids, ids.new_full((len(ids), 1), self.processing_class.pad_token_id)], dim=1)
+        seen = torch.cat([attention, attention.new_zeros((len(ids), 1))], dim=1)
+        end = ids.shape[1] - mask.shape[1] + mask.sum(dim=1)  # column behind the answer
+        every = torch.arange(len(ids), device=ids.device)
+        last = torch.where(stopped, end - 1, end)
+        longer[every, last] = self.chat.stop_ids[0]  # one way of ending, whichever stop token the policy chose
+        seen[every, last] = 1
+        scores = self._in_parts("reward", longer, seen, mask.shape[1] + 1)[0]
+        return scores[every, last - (ids.shape[1] - mask.shape[1])]
 
     def _sum(self, tensor):
         return self.accelerator.reduce(tensor.clone(), "sum") if self.args.world_size > 1 else tensor
@@ -497,7 +528,7 @@ class PPOTrainer(StageMixin, Trainer):
         lengths = mask.sum(dim=1).float()
         entropy = (found["entropies"] * mask).sum(dim=1) / lengths
         repeated = torch.tensor(
-            [_repetition(row[own.bool()].tolist()) for row, own in zip(found["answers"], mask, strict=True)]
+            [repetition(row[own.bool()].tolist()) for row, own in zip(found["answers"], mask, strict=True)]
         )
         answers = {
             "score": found["scores"],
@@ -507,6 +538,7 @@ class PPOTrainer(StageMixin, Trainer):
             "length": lengths,
             "stopped": found["stopped"].float(),
             "repetition": repeated.to(ones.device),
+            **found["judged"],
         }
         self.observe(answers, ones)
         sums = torch.stack([k1.sum(), entropy.sum(), (returns * mask).sum(), ((returns**2) * mask).sum()])
@@ -520,19 +552,8 @@ class PPOTrainer(StageMixin, Trainer):
             "policy_is_sane", checks.policy_is_sane, kl_sum / count, self.ppo.max_kl, entropy_sum / count, quiet=True
         )
         self.kl.update(kl_sum / count, int(count))
-        self._note_samples(inputs, found)
-
-    def _note_samples(self, inputs, found):
-        rows = zip(inputs["rows"], found["answers"], found["mask"], found["scores"].tolist(), strict=True)
-        self.samples = [
-            {
-                "step": self.state.global_step,
-                "prompt": row["prompt"],
-                "answer": self._text(answer, mask),
-                "score": score,
-            }
-            for row, answer, mask, score in list(rows)[:4]
-        ]
+        asked = [row["prompt"] for row in inputs["rows"][:4]]
+        self.note_samples(asked, found["texts"][:4], found["scores"][:4].tolist())
 
     # -- updates --
 
@@ -567,7 +588,8 @@ class PPOTrainer(StageMixin, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Sum over the tokens of this micro-batch / tokens of the global minibatch, however that is split."""
         mask, width = inputs["mask"], inputs["mask"].shape[1]
-        out = model(inputs["role"], inputs["input_ids"], inputs["attention_mask"], width, self.ppo.temperature)
+        temperature = self.rollout_args.temperature
+        out = model(inputs["role"], inputs["input_ids"], inputs["attention_mask"], width, temperature)
         share = self.accelerator.num_processes / inputs["num_tokens"]
         lengths = mask.sum(dim=1).float()
 
@@ -587,13 +609,12 @@ class PPOTrainer(StageMixin, Trainer):
 
     def prove(self, model, inputs):
         """The policy that is trained is the policy that sampled: ratio 1 before the first step."""
-        width = inputs["mask"].shape[1]
+        batch = (inputs["input_ids"], inputs["attention_mask"], inputs["mask"].shape[1], self.rollout_args.temperature)
         with torch.no_grad():
-            logps, _ = model("policy", inputs["input_ids"], inputs["attention_mask"], width, self.ppo.temperature)
-            reference, _ = self.roles(
-                "reference", inputs["input_ids"], inputs["attention_mask"], width, self.ppo.temperature
-            )
+            logps, _ = model("policy", *batch)
+            reference, _ = self.roles("reference", *batch)
         mask = inputs["mask"]
+        self.check_sampler(model)
         if self.at_rollout_start:  # a run that goes on in the middle of a rollout has trained on it already
             found = (model, logps, inputs["logps"], mask)
             self.run.checks.run("rollout_is_policy", checks.rollout_is_policy, *found)
@@ -610,32 +631,7 @@ class PPOTrainer(StageMixin, Trainer):
         mask = found["mask"]
         kl = (kl_estimate(found["logps"], found["reference_logps"], "k3") * mask).sum(dim=1)
         rows = {"score": found["scores"], "kl": kl, "length": mask.sum(dim=1), "stopped": found["stopped"]}
-        return rows, torch.ones_like(found["scores"])
-
-    def held_out_metrics(self, rows, weights):
-        """Means over the held-out prompts; the score with its 95 % interval."""
-        score, count = rows["score"], len(weights)
-        half = 1.96 * float(score.std(ddof=1)) / count**0.5 if count > 1 else float("nan")
-        means = {name: float(values.mean()) for name, values in rows.items()}
-        return {**means, "score_low": means["score"] - half, "score_high": means["score"] + half, "prompts": count}
-
-    def describe(self, metrics):
-        """Score with its interval, KL, length, stop rate."""
-        return (
-            "score {score:+.3f} (95 % interval {score_low:+.3f} to {score_high:+.3f}, {prompts} prompts), "
-            "KL {kl:.3f} nats an answer, {length:.1f} tokens, {stopped:.0%} end by themselves"
-        ).format(**metrics)
-
-    def log(self, logs, start_time=None):
-        """Show sample answers with the numbers, and keep them in samples.jsonl."""
-        super().log(logs, start_time)
-        if "loss" in logs and self.samples and self.is_world_process_zero():
-            for sample in self.samples[: self.ppo.show_samples]:
-                shown = " ".join(f"{sample['prompt']} → {sample['answer']}".split())
-                logger.info("  %+.3f  %s", sample["score"], shown[:160])
-            with open(Path(self.args.output_dir, "samples.jsonl"), "a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples)
-            self.samples = []
+        return {**rows, **found["judged"]}, torch.ones_like(found["scores"])
 
     # -- checkpoints --
 
@@ -643,22 +639,31 @@ class PPOTrainer(StageMixin, Trainer):
         """Save the policy as any stage saves its model; in checkpoints also the critic."""
         if not self.args.should_save:
             return
-        directory = Path(output_dir or self.args.output_dir)
-        self.roles.activate("policy").save_pretrained(directory, selected_adapters=["default"])
+        directory, policy = Path(output_dir or self.args.output_dir), self.roles.activate("policy")
+        policy.save_pretrained(
+            directory, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {})
+        )
         torch.save(self.args, directory / "training_args.bin")
         if directory.name.startswith("checkpoint-"):
             state = self._critic_state()
             save_file({name: tensor.detach().clone() for name, tensor in state.items()}, directory / CRITIC_FILE)
 
     def _critic_state(self):
-        adapter = get_peft_model_state_dict(self.roles.model, adapter_name="critic")
-        return {HEAD: self.roles.heads["critic"].weight, **adapter}
+        if "critic" in self.roles.apart:
+            layers = self.roles.apart["critic"].state_dict()
+        else:
+            layers = get_peft_model_state_dict(self.roles.model, adapter_name="critic")
+        return {HEAD: self.roles.heads["critic"].weight, **layers}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load policy and critic; reference and reward model are the run's own."""
         directory = Path(resume_from_checkpoint)
         critic = load_file(directory / CRITIC_FILE)
         self.roles.heads["critic"].load_state_dict({"weight": critic.pop(HEAD)})
+        if "critic" in self.roles.apart:
+            self.roles.apart["critic"].load_state_dict(critic)
+            super()._load_from_checkpoint(resume_from_checkpoint, self.roles.model)
+            return
         set_peft_model_state_dict(self.roles.model, critic, adapter_name="critic")
         policy = load_peft_weights(str(directory), device="cpu")
         set_peft_model_state_dict(self.roles.model, policy, adapter_name="default")
@@ -683,25 +688,3 @@ def _double_accumulation(args):
     if config is not None:
         config["gradient_accumulation_steps"] = args.gradient_accumulation_steps
         config["train_batch_size"] *= 2
-
-
-def _repetition(tokens: list[int]) -> float:
-    """Share of 4-grams of tokens that stood in the answer before."""
-    grams = [tuple(tokens[start : start + 4]) for start in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-class PromptCollator:
-    """Make a batch of prompts, padded on the left so that answers begin in one column."""
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict]) -> dict:
-        """Collate rows {"prompt_ids", "prompt", "reference"}: input_ids, attention_mask, and the rows themselves."""
-        width = max(len(row["prompt_ids"]) for row in rows)
-        padding = [width - len(row["prompt_ids"]) for row in rows]
-        ids = [[self.pad_token_id] * pad + list(row["prompt_ids"]) for pad, row in zip(padding, rows, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-        texts = [{"prompt": row["prompt"], "reference": row["reference"]} for row in rows]
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask), "rows": texts}

@@ -1,5 +1,6 @@
 """Prompts a policy answers by itself, with what its answers may be compared with: PPO and its relatives."""
 
+import json
 from dataclasses import dataclass
 
 from stagekit.formats import Canonical, Conversation, Preference, Question, Ranking, RowError
@@ -30,16 +31,16 @@ def accept_prompt(record: Canonical) -> Prompt:
     raise RowError("this stage needs prompts (a question or a conversation), and this is running text")
 
 
-def fit_prompt(chat: Chat, record: Prompt, max_prompt_length: int) -> list[int] | None:
-    """Token ids of a prompt of at most max_prompt_length tokens; the oldest exchanges give way, the system stays.
+def fit_prompt(chat: Chat, record: Prompt, max_prompt_length: int) -> tuple[list[int], list[dict]] | None:
+    """Make a prompt of at most max_prompt_length tokens; the oldest exchanges give way, the system stays.
 
     Returns:
-        None where even the last exchange is too long: a cut question is another question.
+        (token ids, messages shown), or None where even the last exchange is too long: a cut question is another one.
     """
     for _, shown in histories(record.prompt):
         ids = encode_prompt(chat, shown, record.tools)
         if len(ids) <= max_prompt_length:
-            return ids
+            return ids, shown
     return None
 
 
@@ -53,26 +54,29 @@ def tokenize_prompts(rows, ledger, chat: Chat, max_prompt_length: int, num_worke
         num_workers, description: see tokenization.map_rows.
 
     Returns:
-        (columns, []): prompt_ids, prompt (the last user's words), reference; there are no samples to probe.
+        (columns, []): prompt_ids, prompt (the last user's words), reference, and conversation: what was shown, as
+        JSON {"messages", "tools"}. There are no samples to probe.
 
     Raises:
         ValueError: a row the template refuses, or no prompt left.
     """
     encoded = map_rows(rows, lambda record: fit_prompt(chat, record, max_prompt_length), num_workers, description)
-    kept = [(row.record, ids) for row, ids in zip(rows, encoded, strict=True) if ids is not None]
+    kept = [(row.record, *found) for row, found in zip(rows, encoded, strict=True) if found is not None]
     ledger.drop(TOO_LONG, len(rows) - len(kept))
     if not kept:
         raise ValueError(f"{ledger.files[0]}: no prompt fits --max_prompt_length {max_prompt_length}")
     ledger.used = ledger.samples = len(kept)
-    ledger.tokens["used"] = sum(len(ids) for _, ids in kept)
+    ledger.tokens["used"] = sum(len(ids) for _, ids, _ in kept)
     ledger.close()
     asked = [
-        next(message["content"] for message in reversed(record.prompt) if message["role"] == "user")
-        for record, _ in kept
+        next(message["content"] for message in reversed(shown) if message["role"] == "user") for _, _, shown in kept
     ]
     columns = {
-        "prompt_ids": [ids for _, ids in kept],
+        "prompt_ids": [ids for _, ids, _ in kept],
         "prompt": asked,
-        "reference": [record.reference for record, _ in kept],
+        "reference": [record.reference for record, _, _ in kept],
+        "conversation": [
+            json.dumps({"messages": shown, "tools": record.tools}, ensure_ascii=False) for record, _, shown in kept
+        ],
     }
     return columns, []

@@ -600,17 +600,19 @@ class Reward:
         return self.judge_all(prompts, completions, references)
 
 
-def load_rewards(names: str, weights: str | None = None) -> list[Reward]:
+def load_rewards(names: str | None, weights: str | None = None) -> list[Reward]:
     """Read --reward_functions and --reward_weights.
 
     Args:
-        names: built-in rewards or path/to/file.py:function, separated by commas.
+        names: built-in rewards or path/to/file.py:function, separated by commas; None for no functions.
         weights: as many numbers; None for 1 each.
 
     Raises:
         ValueError: a name or weight cannot be used, or math-verify is missing; also later, from score_all, where a
             user's function fails or returns anything but one finite number for each completion.
     """
+    if names is None:
+        return []
     items = [item.strip() for item in names.split(",") if item.strip()]
     if not items:
         raise ValueError(f"--reward_functions is empty; known: {', '.join(REWARDS)}, or path/to/file.py:function")

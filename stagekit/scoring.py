@@ -30,6 +30,11 @@ class RewardModel:
     source: Source
     pad_token_id: int
 
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer it can read."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+
 
 def load_reward_model(directory: str, only_cpu: bool = False) -> RewardModel:
     """Load what reward_modeling.py wrote: base, adapter with its score head, tokenizer and template.

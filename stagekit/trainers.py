@@ -109,7 +109,8 @@ class StageMixin:
 
     def __init__(self, run, *args, **kwargs):
         self.observed: dict[str, torch.Tensor] = {}
-        super().__init__(*args, compute_metrics=self._summarize, **kwargs)
+        super().__init__(*args, **kwargs)
+        self.compute_metrics = self._summarize
         self.run = run
         self.proved = False
         self.staging: str | None = None
@@ -121,6 +122,10 @@ class StageMixin:
 
     def prove(self, model, inputs: dict) -> None:
         """Run the checks that need the model as it will be trained, on the batch of the first step."""
+
+    def expects_gradients(self) -> bool:
+        """Whether the coming update must have gradients other than 0; asked until it says so once."""
+        return True
 
     def saved_model(self):
         """What the stage delivers, without the wrappers of distributed training."""
@@ -207,14 +212,14 @@ class StageMixin:
 
 
 class FirstStep(TrainerCallback):
-    """Looks at the first gradients and at every logged loss."""
+    """Looks at the first gradients there must be, and at every logged loss."""
 
     def __init__(self, trainer: StageMixin):
         self.trainer = trainer
         self.seen = False
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if not self.seen:
+        if not self.seen and self.trainer.expects_gradients():
             self.seen = True
             self.trainer.run.checks.run("gradients_flow", checks.gradients_flow, self.trainer, model)
 

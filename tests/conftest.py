@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,28 @@ def run_script(script, *flags, cwd=None, processes=1, env=None, check=True, time
             f"{command} ended with {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
         )
     return result
+
+
+def kill_at(checkpoint, script, *flags):
+    """Run a script and end it with SIGKILL once this checkpoint stands; what the race left behind it is removed."""
+    command = [sys.executable, ROOT / script, *flags, "--output_dir", checkpoint.parent]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(list(map(str, command)), env=environment, **quiet)
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert checkpoint.exists(), "it ended before"
+    for path in checkpoint.parent.iterdir():
+        if path.is_dir() and path != checkpoint:
+            later = path.name.startswith("checkpoint-") and int(path.name[11:]) > int(checkpoint.name[11:])
+            if later or path.name == ".saving":
+                shutil.rmtree(path)
+        elif path.name == "stage.json":
+            path.unlink()
 
 
 def log_of(output_dir, key="loss"):

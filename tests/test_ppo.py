@@ -3,13 +3,13 @@
 import json
 import math
 import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import log_of, run_script, stage_of, write_jsonl
+from conftest import kill_at, log_of, run_script, stage_of, write_jsonl
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from stagekit.ppo import (
@@ -162,21 +162,18 @@ def chain(tiny_qwen3, tmp_path_factory):
     return root
 
 
-def ppo(chain, output_dir, *flags, **how):
-    """Run the stage for a few steps."""
-    fixed = (
-        *(
-            "--model_name_or_path",
-            chain / "sft",
-            "--train_file_dir",
-            chain / "talks.jsonl",
-            "--output_dir",
-            output_dir,
-        ),
+def settings(chain, model=None):
+    """The flags of a short run."""
+    return (
+        *("--model_name_or_path", model or chain / "sft", "--train_file_dir", chain / "talks.jsonl"),
         *("--do_train", "--do_eval", "--max_completion_length", "8", "--per_device_train_batch_size", "4"),
         *("--logging_steps", "1", "--learning_rate", "1e-3", "--report_to", "none", "--max_leaked_percentage", "100"),
     )
-    return run_script("ppo_training.py", *fixed, *flags, **how)
+
+
+def ppo(chain, output_dir, *flags, model=None, **how):
+    """Run the stage for a few steps."""
+    return run_script("ppo_training.py", *settings(chain, model), "--output_dir", output_dir, *flags, **how)
 
 
 def roles_of(chain):
@@ -290,7 +287,8 @@ def test_gradients_do_not_depend_on_how_a_minibatch_is_split(chain):
     with torch.no_grad():
         state["logps"] = roles("policy", ids, mask, 3)[0] + 0.1 * torch.randn(4, 3)
     stub = SimpleNamespace(
-        ppo=SimpleNamespace(temperature=1.0, cliprange=0.2, cliprange_value=0.2, vf_coef=0.5, entropy_coef=0.01),
+        rollout_args=SimpleNamespace(temperature=1.0),
+        ppo=SimpleNamespace(cliprange=0.2, cliprange_value=0.2, vf_coef=0.5, entropy_coef=0.01),
         accelerator=SimpleNamespace(num_processes=1),
         observe=lambda rows, weights: None,
     )
@@ -312,6 +310,7 @@ def test_a_run_proves_itself_and_leaves_a_policy_that_goes_on(chain, tmp_path):
     stage = stage_of(tmp_path / "ppo")
     wanted = {
         "reward_model_is_trained",
+        "sampler_is_policy",
         "rollout_is_policy",
         "reference_is_parent",
         "policy_is_sane",
@@ -348,17 +347,98 @@ def test_the_reward_of_a_known_optimum_is_reached(chain, tiny_qwen3, tmp_path, s
     assert scores[-1] > 0.9
 
 
-def test_an_interrupted_run_goes_on_exactly(chain, tmp_path):
-    """The checkpoint lies in the middle of a rollout: two passes over it, two steps each."""
+def equal_runs(one, other, *keys):
+    """Two runs logged the same numbers and saved the same bytes."""
+    for key in keys:
+        assert log_of(one, key) == log_of(other, key) and len(log_of(one, key)) > 1, key
+    name = "adapter_model.safetensors" if (one / "adapter_model.safetensors").exists() else "model.safetensors"
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+    return True
+
+
+def test_a_run_killed_in_the_middle_of_a_rollout_goes_on_exactly(chain, tmp_path):
+    """Two passes over a rollout, two steps each: the checkpoint after step 3 lies inside of it."""
     flags = ("--reward_model_path", chain / "rm", "--num_mini_batches", "2", "--max_steps", "7", "--save_steps", "3")
     flags = (*flags, "--save_strategy", "steps", "--eval_strategy", "no")
     ppo(chain, tmp_path / "whole", *flags)
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    kill_at(tmp_path / "again" / "checkpoint-3", "ppo_training.py", *settings(chain), *flags)
     ppo(chain, tmp_path / "again", *flags, "--resume_from_checkpoint", "True")
-    for key in ("policy_loss", "value_loss", "score", "kl"):
-        assert log_of(tmp_path / "again", key) == log_of(tmp_path / "whole", key), key
-    weights = [Path(tmp_path, name, "adapter_model.safetensors").read_bytes() for name in ("whole", "again")]
-    assert weights[0] == weights[1]
+    assert equal_runs(tmp_path / "whole", tmp_path / "again", "loss", "policy_loss", "value_loss", "score", "kl")
+
+
+# Always the same quantile of the distribution instead of a random one: answers no longer depend on who samples them.
+QUANTILE = """
+import torch
+torch.multinomial = lambda probs, num_samples, **_: (probs.cumsum(-1) < 0.8).sum(-1, keepdim=True)
+
+def letters(prompts, completions, answers):
+    return [sum(c.isascii() and c.isalpha() for c in text) / max(1, len(text)) for text in completions]
+"""
+
+
+def test_two_processes_train_what_one_trains(chain, tmp_path):
+    """With one minibatch a rollout, and answers that depend on their prompts alone."""
+    (tmp_path / "quantile.py").write_text(QUANTILE)
+    flags = ("--reward_functions", f"{tmp_path / 'quantile.py'}:letters", "--max_steps", "6", "--lora_dropout", "0")
+    ppo(chain, tmp_path / "one", *flags, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
+    ppo(chain, tmp_path / "two", *flags, "--per_device_train_batch_size", "4", processes=2)
+    for key in ("loss", "policy_loss", "value_loss", "score", "kl", "entropy", "grad_norm"):
+        assert log_of(tmp_path / "two", key) == pytest.approx(log_of(tmp_path / "one", key), rel=1e-4, abs=1e-6), key
+    assert len(set(log_of(tmp_path / "one", "score"))) > 1
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    assert max((one[name] - two[name]).abs().max() for name in one) < 2e-5
+
+
+def test_a_reward_model_of_another_architecture_scores_beside_the_policy(chain, tmp_path, tiny_llama):
+    """Its own tokenizer and template, the scores that score_answers gives for the answers written down."""
+    from stagekit.scoring import load_reward_model, score_answers
+
+    flags = ("--train_file_dir", chain / "pairs.jsonl", "--output_dir", tmp_path / "rm", "--template_name", "chatml")
+    more = ("--do_train", "--max_steps", "2", "--report_to", "none", "--learning_rate", "1e-2")
+    run_script("reward_modeling.py", "--model_name_or_path", tiny_llama, *flags, *more)
+    flags = ("--reward_model_path", tmp_path / "rm", "--allow_untrained_reward_model", "True", "--max_steps", "3")
+    result = ppo(chain, tmp_path / "ppo", *flags, "--missing_eos_penalty", "0", "--num_ppo_epochs", "1")
+    assert "the reward model is loaded beside the policy: another base" in result.stderr
+    assert "reward_model_is_trained" in stage_of(tmp_path / "ppo")["checks"]
+    reward = load_reward_model(str(tmp_path / "rm"), only_cpu=True)
+    samples = [json.loads(line) for line in (tmp_path / "ppo/samples.jsonl").read_text().splitlines()]
+    asked = [[{"role": "user", "content": sample["prompt"]}] for sample in samples]
+    items = [
+        (prompt, [[{"role": "assistant", "content": sample["answer"]}]], None)
+        for prompt, sample in zip(asked, samples, strict=True)
+    ]
+    scores = dict(score_answers(reward, items, 512, 4))
+    assert len(samples) == 12 and len({sample["score"] for sample in samples}) > 4
+    for index, sample in enumerate(samples):
+        assert sample["score"] == pytest.approx(scores[index, 0], abs=1e-4)
+
+
+def test_all_weights_of_policy_and_critic_are_trained_and_go_on_exactly(chain, tiny_qwen3, tmp_path):
+    """The critic starts as the reward model, the reference is the parent, a checkpoint holds what is trained."""
+    flags = ("--reward_model_path", chain / "rm", "--use_peft", "False", "--max_steps", "5", "--save_steps", "3")
+    flags = (*flags, "--save_strategy", "steps", "--eval_strategy", "no", "--learning_rate", "1e-4")
+    ppo(chain, tmp_path / "whole", *flags, model=tiny_qwen3)
+    stage = stage_of(tmp_path / "whole")
+    assert stage["tuning"] == {"method": "full"} and stage["checks"]["reference_is_parent"]["passed"]
+    assert stage["metrics"]["before"]["kl"] == pytest.approx(0, abs=1e-6) and stage["metrics"]["after"]["kl"] > 1e-6
+    start, end = load_file(tiny_qwen3 / "model.safetensors"), load_file(tmp_path / "whole" / "model.safetensors")
+    assert sum(not torch.equal(start[name], end[name]) for name in end) >= len(end) - 2
+    critic = load_file(tmp_path / "whole" / "checkpoint-3" / "critic.safetensors")
+    head = load_file(chain / "rm" / "adapter_model.safetensors")["base_model.model.score.weight"]
+    assert 0 < (critic.pop("value_head.weight") - head).abs().max() < 1e-3  # three steps from the reward model's
+    assert all((critic[name.removeprefix("model.")] != end[name]).any() for name in end if name.startswith("model."))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    ppo(chain, tmp_path / "again", *flags, "--resume_from_checkpoint", "True", model=tiny_qwen3)
+    assert equal_runs(tmp_path / "whole", tmp_path / "again", "loss", "value_loss", "score", "kl")
+    asked = (
+        "--base_model",
+        tmp_path / "whole",
+        "--data_file",
+        chain / "talks.jsonl",
+        "--output_file",
+        tmp_path / "out",
+    )
+    run_script("inference.py", *asked, "--max_new_tokens", "4")
 
 
 @pytest.mark.parametrize("deepspeed", [None, "scripts/zero2.json"], ids=["torchrun", "zero2"])

@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, conversations, log_of, run_script, stage_of, write_jsonl
+from conftest import ROOT, conversations, kill_at, log_of, run_script, stage_of, write_jsonl
 from safetensors.torch import load_file
 
 COMMON = ("--do_train", "--do_eval", "--max_length", "128", "--learning_rate", "1e-3", "--logging_steps", "1")
@@ -126,19 +124,16 @@ def test_a_run_killed_in_the_middle_continues_with_the_same_losses(data, tiny_qw
     """Dropout and a decaying learning rate on: the state of everything must come back, not only the weights."""
     flags = ("--max_steps", "9", "--per_device_train_batch_size", "2", "--save_strategy", "steps", "--save_steps", "3")
     finetune(data, tiny_qwen3, tmp_path / "whole", *flags)
-    command = [sys.executable, ROOT / "supervised_finetuning.py", "--model_name_or_path", tiny_qwen3]
-    command += ["--train_file_dir", data / "train", "--validation_file_dir", data / "held_out.jsonl", *COMMON, *flags]
-    command += ["--output_dir", tmp_path / "killed", "--data_cache_dir", data / "cache"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "checkpoint-6").exists() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    for name in ("checkpoint-9", ".saving", "stage.json"):  # whatever the race left behind it
-        target = tmp_path / "killed" / name
-        shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+    fixed = (
+        "--model_name_or_path",
+        tiny_qwen3,
+        "--train_file_dir",
+        data / "train",
+        "--data_cache_dir",
+        data / "cache",
+    )
+    fixed = (*fixed, "--validation_file_dir", data / "held_out.jsonl", *COMMON)
+    kill_at(tmp_path / "killed" / "checkpoint-6", "supervised_finetuning.py", *fixed, *flags)
     refused = finetune(data, tiny_qwen3, tmp_path / "killed", *flags, check=False)
     assert refused.returncode == 2 and "--resume_from_checkpoint True" in refused.stderr
     # A later checkpoint that was cut off while it was written must not be taken.
