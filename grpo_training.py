@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed
@@ -182,6 +183,7 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
         self.round_size = answers_per_round(args, grpo_args)
         self.has_positions = takes_position_ids(model.config)
         self.warned: set[str] = set()
+        self.without_spread = 0.0  # share of the last round's prompts whose answers all score the same
         beta, args.beta = args.beta, 0.0  # TRL's own reference is the base, or an incomplete copy of the adapter
         with exact_adapters(model):
             functions = [self._reward_function(reward) for reward in rewards]
@@ -222,6 +224,8 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
         """TRL's round, with the sampler proved where it is another program, and warnings where nothing is learnt."""
         self.rows = inputs
         found = super()._generate_and_score_completions(inputs)
+        if self.model.training:  # TRL finds a spread in the rounding error of eight times 0.2
+            self._metrics["train"]["frac_reward_zero_std"][-1] = self.without_spread
         if self.use_vllm:
             mask, trained = found["completion_mask"], found["old_per_token_logps"]
             compared = (self.model, found["sampling_per_token_logps"], trained, mask, True)
@@ -249,8 +253,11 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         found = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        own = found[self.accelerator.process_index * len(prompts) :][: len(prompts)]
-        totals = (own * self.reward_weights.to(own.device)).sum(dim=1).tolist()
+        every = (found * self.reward_weights.to(found.device)).sum(dim=1)
+        groups = every.view(-1, self.num_generations)
+        spread = groups.max(dim=1).values - groups.min(dim=1).values
+        self.without_spread = (spread < 1e-6).float().mean().item()
+        totals = every[self.accelerator.process_index * len(prompts) :][: len(prompts)].tolist()
         first = range(0, len(prompts), self.num_generations)[:4] if len(prompts) >= self.num_generations else range(1)
         texts = [self.answer_text(completion_ids_list[index]) for index in first]
         self.note_samples([prompts[index] for index in first], texts, [totals[index] for index in first])
@@ -299,7 +306,8 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
         model.train()
         inputs = self._prepare_inputs(inputs)
-        self.lessons += (inputs["advantages"].abs() * inputs["completion_mask"].sum(dim=1)).sum()
+        if self.without_spread < 1:
+            self.lessons += (inputs["advantages"].abs() * inputs["completion_mask"].sum(dim=1)).sum()
         return super().training_step(model, inputs, num_items_in_batch)
 
     def expects_gradients(self):
@@ -360,7 +368,8 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and self._buffered_inputs is None:
             path = Path(checkpoint, BUFFER_FILE.format(rank=self.args.process_index))
-            self._buffered_inputs = torch.load(path, map_location=self.args.device, weights_only=True)
+            answers = torch.load(path, map_location="cpu", weights_only=True)
+            self._buffered_inputs = send_to_device(answers, self.args.device)
 
 
 def settings_of(training_args, grpo_args, rollout_args, chat) -> None:

@@ -9,17 +9,15 @@ found there. --interactive talks, --data_file FILE writes one line of JSON for e
 
 import argparse
 import contextlib
-import difflib
 import hashlib
 import json
 import logging
-import os
 import sys
-import traceback
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from stagekit.commandline import Parser, add_model_flags, add_switch, check_flags, choose_gpus, run
 from template import get_template
 
 logger = logging.getLogger(__name__)
@@ -27,41 +25,12 @@ logger = logging.getLogger(__name__)
 ANSWER_FIELDS = ("answer", "output", "response", "completion")
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line; nothing heavy is imported for that."""
-    parser = Parser(
-        prog="inference.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    def switch(group, name, text):
-        group.add_argument(name, nargs="?", const=True, default=False, type=_boolean, metavar="True|False", help=text)
-
-    model = parser.add_argument_group("model (--base_model or --lora_model is enough)")
-    model.add_argument("--base_model", help="model directory, hub name, or a stage's directory")
-    model.add_argument("--lora_model", help="adapter directory, such as outputs/sft; it knows its base and template")
-    model.add_argument("--tokenizer_path", help="tokenizer, if not the one saved with the adapter or the model")
-    model.add_argument(
-        "--template_name", help="prompt template of template.py; default: the tokenizer's chat template"
-    )
-    switch(model, "--resize_emb", "add embedding rows when the tokenizer has more tokens than the model")
-    switch(model, "--load_in_4bit", "quantise the base to NF4: a quarter of the memory, slightly other answers")
-    switch(model, "--load_in_8bit", "quantise the base to int8: half of the memory")
-    switch(model, "--only_cpu", "use no GPU (fp32)")
-    model.add_argument(
-        "--gpus", help='GPUs to use, such as "0" or "0,1": the layers are spread over them; default: all'
-    )
+    parser = Parser("inference.py", __doc__)
+    add_model_flags(parser.add_argument_group("model (--base_model or --lora_model is enough)"))
     task = parser.add_argument_group("task (one of the first two)")
-    switch(task, "--interactive", "chat: `clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer")
+    add_switch(task, "--interactive", "chat: `clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer")
     task.add_argument(
         "--data_file",
         help="file or directory of questions: .txt has one a line; .jsonl and .json any conversation, instruction, "
@@ -90,37 +59,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tokens.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability: 0.9")
     tokens.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that were used before: 1.0")
 
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
-        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], flags, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]}?" if nearest else ""
-        parser.error(f"unknown {'flag' if unknown[0].startswith('-') else 'argument'} {unknown[0]}{hint}")
+    args = parser.parse_args(argv)
     _check(args, parser)
     return args
 
 
 def _check(args, parser):
-    for name in ("max_new_tokens", "batch_size", "repetition_penalty"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name} {getattr(args, name)} must be above 0")
+    check_flags(args, parser, ("max_new_tokens", "batch_size", "repetition_penalty"))
     if args.temperature is not None and args.temperature < 0:
         parser.error(f"--temperature {args.temperature} must be 0 (greedy) or more")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        parser.error(f"--top_p {args.top_p} must be above 0 and at most 1")
     if not (args.base_model or args.lora_model):
         parser.error("--base_model or --lora_model is missing: name a model, or a directory that a stage wrote")
     if bool(args.interactive) == bool(args.data_file):
         parser.error("give one of --interactive (chat) and --data_file FILE (answer its questions)")
-    for first, second in (("only_cpu", "gpus"), ("load_in_4bit", "load_in_8bit")):
-        if getattr(args, first) and getattr(args, second):
-            parser.error(f"--{first} and --{second} exclude each other; give one")
-
-
-def _boolean(text):
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return text.lower() in ("true", "1", "yes")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -128,12 +79,9 @@ def main(args: argparse.Namespace) -> None:
     if args.template_name:
         get_template(args.template_name)
     prompts = None if args.interactive else read_prompts(args.data_file, args.system_prompt)
-    if args.only_cpu or args.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = "" if args.only_cpu else args.gpus
-    from stagekit import generation  # with torch, which reads CUDA_VISIBLE_DEVICES once
+    choose_gpus(args.only_cpu, args.gpus)
+    from stagekit import generation
 
-    if args.gpus and generation.num_gpus() < args.gpus.count(",") + 1:
-        raise ValueError(f"--gpus {args.gpus}: {generation.num_gpus()} of these GPUs can be used here")
     source = generation.find_source(args.base_model, args.lora_model)
     chat = generation.load_chat(source, args.tokenizer_path, args.template_name)
     journal = None if args.interactive else open_journal(args, source, chat, prompts)
@@ -323,71 +271,18 @@ def _with_answer(record):
 # -- answers in files ------------------------------------------------------------------------------------------------
 
 
-class Journal:
-    """OUTPUT_FILE.partial: a line that says of which run, then a row for every answer, as they come.
-
-    Attributes:
-        rows: what is answered, by index of the question.
-    """
-
-    def __init__(self, path: Path, header: dict):
-        lines, size = [], 0
-        if path.is_file():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    lines.append(json.loads(line) if line.endswith(b"\n") else None)
-                except ValueError:
-                    lines.append(None)
-                if lines[-1] is None:  # torn by an interruption: what stands from here on is written again
-                    lines.pop()
-                    break
-                size += len(line)
-        if lines and lines[0] != header:
-            changed = [name for name, value in header.items() if lines[0].get(name) != value]
-            raise ValueError(
-                f"{path} holds answers of an interrupted run with other {', '.join(changed)}; repeat that command to "
-                "continue it, or delete the file, or choose another --output_file"
-            )
-        self.path, self.rows = path, {row["index"]: row for row in lines[1:]}
-        self.file = open(path, "ab")
-        self.file.truncate(size)
-        if not lines:
-            self._append(header)
-
-    def add(self, row: dict) -> None:
-        self.rows[row["index"]] = row
-        self._append(row)
-
-    def _append(self, row):
-        self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self.file.flush()
-
-    def finish(self, target: str) -> None:
-        """Write all rows in the order of their questions, in one rename, and remove the journal."""
-        lines = [json.dumps(self.rows[index], ensure_ascii=False) + "\n" for index in sorted(self.rows)]
-        temporary = Path(f"{target}.tmp")
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, target)
-        self.file.close()
-        self.path.unlink()
-
-
-def open_journal(args: argparse.Namespace, source, chat, prompts: list[Prompt]) -> Journal:
+def open_journal(args: argparse.Namespace, source, chat, prompts: list[Prompt]):
     """Start a journal, or continue the one an interrupted run of the same questions, model and settings left.
 
     Raises:
         ValueError: it is of another run, or --output_file is a directory.
     """
-    from stagekit.checkpoint import DELIVERED, base_fingerprint, directory_files, fingerprint, stage_fingerprint
+    from stagekit.generation import model_fingerprints
+    from stagekit.journal import Journal
 
     if Path(args.output_file).is_dir():
         raise ValueError(f"--output_file {args.output_file} is a directory; name a file in it")
     Path(args.output_file).absolute().parent.mkdir(parents=True, exist_ok=True)
-    if source.stage:
-        model = [source.stage["base_model"].get("fingerprint"), stage_fingerprint(source.stage)]
-    else:
-        adapter = fingerprint(directory_files(source.adapter, DELIVERED)) if source.adapter else None
-        model = [base_fingerprint(source.base), adapter]
     names = (
         "system_prompt",
         "max_new_tokens",
@@ -400,24 +295,23 @@ def open_journal(args: argparse.Namespace, source, chat, prompts: list[Prompt]) 
     questions = json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True)
     header = {
         "data_file": hashlib.sha256(questions.encode()).hexdigest(),
-        "model": model,
+        "model": model_fingerprints(source),
         "template": hashlib.sha256(chat.tokenizer.chat_template.encode()).hexdigest(),
         **{name: getattr(args, name) for name in names},
     }
     return Journal(Path(f"{args.output_file}.partial"), header)
 
 
-def predict(loaded, settings, prompts: list[Prompt], journal: Journal, args: argparse.Namespace) -> None:
+def predict(loaded, settings, prompts: list[Prompt], journal, args: argparse.Namespace) -> None:
     """Answer every question that the journal does not hold yet, longest first, and write the output file.
 
     Raises:
-        ValueError: the template refuses a question, or a batch does not fit into memory.
+        ValueError: the template refuses a question, or not even one answer at a time fits into memory.
     """
-    import torch
     from tqdm import tqdm
 
     from stagekit.formats import RowError
-    from stagekit.generation import Answer, fit_history, generate_batch, prompt_limit
+    from stagekit.generation import Answer, fit_history, generate_batch, prompt_limit, run_in_batches
 
     def add(index, answer):
         prompt = prompts[index]
@@ -442,16 +336,13 @@ def predict(loaded, settings, prompts: list[Prompt], journal: Journal, args: arg
             num_shortened += len(fitted[0]) < len(prompt.messages)
     waiting.sort(key=lambda item: -len(item[1]))  # longest first: what does not fit the memory fails at once
     with tqdm(total=len(prompts), initial=len(prompts) - len(waiting), unit="question") as progress:
-        for start in range(0, len(waiting), args.batch_size):
-            batch = waiting[start : start + args.batch_size]
-            try:
-                answers = generate_batch(loaded, [input_ids for _, input_ids in batch], settings)
-            except torch.OutOfMemoryError:
-                raise ValueError(
-                    f"--batch_size {args.batch_size} does not fit into memory; repeat with a smaller one"
-                ) from None
-            for (index, _), answer in zip(batch, answers, strict=True):
-                add(index, answer)
+
+        def answer(batch):
+            return generate_batch(loaded, [waiting[place][1] for place in batch], settings)
+
+        for batch, answers in run_in_batches(len(waiting), args.batch_size, answer):
+            for place, given in zip(batch, answers, strict=True):
+                add(waiting[place][0], given)
             progress.update(len(batch))
     reasons = Counter(row["finish_reason"] for row in journal.rows.values())
     journal.finish(args.output_file)
@@ -468,17 +359,5 @@ def predict(loaded, settings, prompts: list[Prompt], journal: Journal, args: arg
 
 if __name__ == "__main__":
     arguments = parse_args()
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    for name in ("stagekit", __name__):
-        logging.getLogger(name).setLevel(logging.INFO)
-    try:
-        main(arguments)
-    except (ValueError, FileNotFoundError) as error:
-        if arguments.debug or os.environ.get("STAGEKIT_DEBUG"):
-            traceback.print_exc()
-        print(f"inference.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        kept = "; the same command continues from what is answered" if arguments.data_file else ""
-        print(f"interrupted{kept}", file=sys.stderr)
-        sys.exit(130)
+    kept = "; the same command continues from what is answered" if arguments.data_file else ""
+    run(main, arguments, "inference.py", kept)

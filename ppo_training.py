@@ -15,7 +15,6 @@ The algorithm is in stagekit/ppo.py, each equation with its number.
 
 import copy
 import logging
-import os
 from dataclasses import dataclass, field
 
 from peft import PeftModel
@@ -31,11 +30,10 @@ from stagekit.arguments import (
     StageTrainingArguments,
     parse_args,
 )
-from stagekit.checkpoint import Source, base_fingerprint, resolve
+from stagekit.checkpoint import Source, base_fingerprint
 from stagekit.memory import zero_stage
 from stagekit.modeling import (
     add_adapter,
-    is_reward_model,
     load_config,
     load_model,
     load_tokenizer,
@@ -46,7 +44,7 @@ from stagekit.prompts import accept_prompt, tokenize_prompts
 from stagekit.rewards import load_rewards
 from stagekit.rollouts import PromptCollator
 from stagekit.run import check_memory, finish_run, load_data, run_stage, start_run
-from stagekit.scoring import RewardModel, load_reward_model
+from stagekit.scoring import RewardModel, find_reward_model, load_reward_model
 from stagekit.tokenization import prepare_chat
 
 logger = logging.getLogger(__name__)
@@ -122,20 +120,6 @@ ARGUMENTS = (
 )
 
 
-def find_reward_model(path: str, model_args) -> Source:
-    """Find the reward model.
-
-    Raises:
-        ValueError: it is not there, or writes answers.
-    """
-    if not os.path.isdir(path):
-        raise ValueError(f"--reward_model_path {path}: no such directory; sh scripts/run_rm.sh trains a reward model")
-    reward = resolve(path)
-    if not is_reward_model(reward, load_config(reward, model_args, scores=True)):
-        raise ValueError(f"--reward_model_path {path} is no reward model (it writes answers)")
-    return reward
-
-
 def shares_base(reward: Source, source: Source) -> bool:
     """Whether a reward model is an adapter on the policy's base."""
     same = base_fingerprint(reward.base) == base_fingerprint(source.base) and reward.merged == source.merged
@@ -160,8 +144,6 @@ def main():
         raise ValueError(
             "--reward_model_path is missing: name the directory reward_modeling.py wrote, or --reward_functions"
         )
-    if zero_stage(training_args.deepspeed) == 3:
-        raise ValueError("PPO needs a base that is whole on every process: use ZeRO-2 instead of ZeRO-3")
     own = (data_args, prompt_args, rollout_args, ppo_args)
     run = start_run("ppo", model_args, lora_args, run_args, training_args, *own)
 
@@ -172,7 +154,7 @@ def main():
     rewards = load_rewards(rollout_args.reward_functions, rollout_args.reward_weights)
     shared, reward_model = None, None
     if ppo_args.reward_model_path:
-        shared = find_reward_model(ppo_args.reward_model_path, model_args)
+        shared = find_reward_model(ppo_args.reward_model_path)
         found = (shared.stage, shared.directory, ppo_args.allow_untrained_reward_model)
         run.checks.run("reward_model_is_trained", checks.reward_model_is_trained, *found)
 
@@ -184,6 +166,8 @@ def main():
     full = not lora_args.use_peft
     check_memory(run, config, model_args, lora_args, longest, reference_model=full)
     if shared and (full or not shares_base(shared, run.source)):
+        if zero_stage(training_args.deepspeed) == 3:
+            raise ValueError("a reward model beside the policy must be whole on every process: use ZeRO-2, not ZeRO-3")
         logger.info(
             "the reward model is loaded beside the policy: %s", "all weights are trained" if full else "another base"
         )

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Group relative policy optimization on verifiable questions, scored by functions. Makes what is missing. Examples:
 #   sh scripts/run_grpo.sh
-#   sh scripts/run_grpo.sh --reward_functions accuracy,format --reward_weights 1,0.2 --beta 0.04
+#   sh scripts/run_grpo.sh --reward_functions accuracy,format --beta 0.04
 # Arguments given here come last and win; scripts/env.sh lists the variables it reads.
 set -eu
 cd "$(dirname "$0")/.."
@@ -15,14 +15,15 @@ launch grpo_training.py \
     --output_dir "$OUTPUT_ROOT/grpo" \
     --do_train \
     --do_eval \
-    --reward_functions accuracy \
+    --reward_functions accuracy,language \
+    --reward_weights 1,0.2 \
     --num_generations 8 \
     --max_prompt_length "$(by_scale 256 512)" \
     --max_completion_length "$(by_scale 48 512)" \
     --num_train_epochs "${EPOCHS:-1}" \
     --per_device_train_batch_size "${BATCH_SIZE:-$(by_scale 16 8)}" \
     --gradient_accumulation_steps "$ACCUMULATION" \
-    --learning_rate "${LEARNING_RATE:-$(by_scale 3e-4 1e-5)}" \
+    --learning_rate "${LEARNING_RATE:-$(by_scale 1e-3 1e-5)}" \
     --warmup_steps 0.05 \
     --lr_scheduler_type cosine \
     --logging_steps 5 \

@@ -1,4 +1,4 @@
-"""Pictures of a run: loss, held-out loss and learning rate over the steps."""
+"""Pictures of a run: loss and learning rate over the steps, or score and KL where answers are scored."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ def draw_curves(log_history: list[dict], path: str | Path, title: str) -> None:
     """Draw what the trainer logged as one PNG.
 
     Args:
-        log_history: TrainerState.log_history: dicts with "step" and "loss" or "eval_loss" or "learning_rate".
+        log_history: TrainerState.log_history: dicts with "step" and numbers such as "loss", "eval_loss", "score".
         path: where the picture goes.
         title: heading.
     """
@@ -21,18 +21,24 @@ def draw_curves(log_history: list[dict], path: str | Path, title: str) -> None:
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    left.plot(*series("loss"), color="#1f6fb4", linewidth=1.8, label="training loss")
-    held_out = series("eval_loss")
-    left.plot(*held_out, color="#d1495b", marker="o", markersize=4, linewidth=1.8, label="held-out loss")
+    scored = next((name for name in ("score", "reward") if series(name)[0]), None)
+    shown, held_out = scored or "loss", series("eval_score" if scored else "eval_loss")
+    names = ("score of sampled answers", "held-out score (greedy)") if scored else ("training loss", "held-out loss")
+    left.plot(*series(shown), color="#1f6fb4", linewidth=1.8, label=names[0])
+    left.plot(*held_out, color="#d1495b", marker="o", markersize=4, linewidth=1.8, label=names[1])
     if held_out[1]:
         left.annotate(
             f"{held_out[1][-1]:.3f}", (held_out[0][-1], held_out[1][-1]), xytext=(4, 6), textcoords="offset points"
         )
-    left.set(xlabel="step", ylabel="loss per token (nats)", title=title)
+    left.set(xlabel="step", ylabel="score" if scored else "loss per token (nats)", title=title)
     left.legend(frameon=False)
-    right.plot(*series("learning_rate"), color="#3a7d44", linewidth=1.8)
-    right.set(xlabel="step", title="learning rate")
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    if series("kl")[0]:
+        right.plot(*series("kl"), color="#3a7d44", linewidth=1.8)
+        right.set(xlabel="step", title="KL to the reference (nats)")
+    else:
+        right.plot(*series("learning_rate"), color="#3a7d44", linewidth=1.8)
+        right.set(xlabel="step", title="learning rate")
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (left, right):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

@@ -4,20 +4,30 @@ Prompts are rendered by tokenization.encode_prompt, the renderer of training: no
 trained. Used by inference.py and by whatever else asks a model questions.
 """
 
+import logging
 import os
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from stagekit.arguments import ModelArguments
-from stagekit.checkpoint import Source, resolve
+from stagekit.checkpoint import (
+    DELIVERED,
+    Source,
+    base_fingerprint,
+    directory_files,
+    fingerprint,
+    resolve,
+    stage_fingerprint,
+)
 from stagekit.modeling import (
     explain_hub_error,
     inference_device,
@@ -27,6 +37,8 @@ from stagekit.modeling import (
     quantization_config,
 )
 from stagekit.tokenization import Chat, encode_prompt, prepare_chat
+
+logger = logging.getLogger(__name__)
 
 # Used where neither a flag nor the checkpoint's generation_config.json says anything.
 DEFAULTS = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.0, "top_k": 0}
@@ -82,11 +94,6 @@ class Answer:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-def num_gpus() -> int:
-    """How many GPUs CUDA_VISIBLE_DEVICES leaves."""
-    return torch.cuda.device_count()
-
-
 def find_source(base_model: str | None, lora_model: str | None) -> Source:
     """Find the base, adapter and tokenizer that --base_model and --lora_model name; either of them is enough.
 
@@ -108,6 +115,14 @@ def find_source(base_model: str | None, lora_model: str | None) -> Source:
     if source.adapter and PeftConfig.from_pretrained(source.adapter).task_type == "SEQ_CLS":
         raise ValueError(f"{source.adapter} is a reward model: it scores answers and cannot write any")
     return source
+
+
+def model_fingerprints(source: Source) -> list[str | None]:
+    """Fingerprints of the base and of what was trained on it: a stage, an adapter, or None."""
+    if source.stage:
+        return [source.stage["base_model"].get("fingerprint"), stage_fingerprint(source.stage)]
+    adapter = fingerprint(directory_files(source.adapter, DELIVERED)) if source.adapter else None
+    return [base_fingerprint(source.base), adapter]
 
 
 def load_chat(source: Source, tokenizer_path: str | None = None, template_name: str | None = None) -> Chat:
@@ -271,6 +286,42 @@ def generate_batch(loaded: LoadedModel, prompts: list[list[int]], settings: Sett
         generation_config=_generation_config(loaded, settings),
     )
     return [_answer(loaded, ids) for ids in output[:, longest:].tolist()]
+
+
+def run_in_batches(count: int, batch_size: int, work: Callable[[range], list]) -> Iterator[tuple[range, list]]:
+    """Work through `count` items, some at a time; where memory runs out, repeat the batch and go on with half of it.
+
+    Args:
+        count: how many items there are; the ones that need most memory should come first.
+        batch_size: items at a time.
+        work: function of the places of a batch's items.
+
+    Yields:
+        (places, what work returned for them), in order; every place once.
+
+    Raises:
+        ValueError: not even one item fits.
+    """
+    first = 0
+    while first < count:
+        batch = range(first, min(first + batch_size, count))
+        try:
+            found = work(batch)
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+                raise
+            if len(batch) == 1:
+                raise ValueError(
+                    "memory runs out with --batch_size 1; shorten --max_new_tokens or the prompts, or give "
+                    "--load_in_4bit True"
+                ) from None
+        else:
+            yield batch, found
+            first = batch.stop
+            continue
+        batch_size = len(batch) // 2
+        clear_device_cache(garbage_collection=True)  # not above: there the error still holds the tensors
+        logger.warning("memory ran out with %d at a time; goes on with --batch_size %d", len(batch), batch_size)
 
 
 def _generation_config(loaded, settings):

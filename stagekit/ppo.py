@@ -15,15 +15,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
+from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 from stagekit import checks
 from stagekit.checkpoint import Source
+from stagekit.memory import zero_stage
 from stagekit.modeling import changed_tensors, copy_adapter, fitting_config, takes_position_ids
 from stagekit.rollouts import RolloutMixin, VLLMSampler, mask_answers, repetition
 from stagekit.scoring import RewardModel, score_answers
@@ -163,6 +166,7 @@ class Roles(nn.Module):
         self.model, self.heads, self.apart = model, nn.ModuleDict(heads), nn.ModuleDict(apart or {})
         self.config = unwrapped(model).config
         self.has_positions = takes_position_ids(self.config)
+        self._hf_peft_config_loaded = isinstance(model, PeftModel)  # a Trainer asks a quantised model for it
         present = getattr(model, "peft_config", {})
         names = {"policy": "default", "reference": "ref", "critic": "critic", "reward": "reward"}
         self.adapters = {role: name if name in present else None for role, name in names.items()}
@@ -407,15 +411,23 @@ class PPOTrainer(RolloutMixin, Trainer):
 
     @contextlib.contextmanager
     def policy_to_sample(self):
-        """The policy, with a cache."""
-        model = self.roles.activate("policy")
-        cache, model.config.use_cache = model.config.use_cache, True
-        yield model
-        model.config.use_cache = cache
+        """The policy, with a cache, and under ZeRO-3 with its weights in one place."""
+        sharded = zero_stage(self.args.deepspeed) == 3
+        whole = unwrap_model_for_generation(self.model_wrapped, self.accelerator) if sharded else None
+        with whole or contextlib.nullcontext(self.roles) as roles:
+            model = roles.activate("policy")
+            cache, model.config.use_cache = model.config.use_cache, True
+            yield model
+            model.config.use_cache = cache
+
+    def _compute(self, role, input_ids, attention_mask, num_tokens):
+        """See Roles.forward; under DeepSpeed through its engine, which gathers what ZeRO-3 shards."""
+        roles = self.model_wrapped if self.is_deepspeed_enabled else self.roles
+        return roles(role, input_ids, attention_mask, num_tokens, self.rollout_args.temperature)
 
     def policy_logps(self, input_ids, attention_mask, num_tokens):
-        """See Roles.forward."""
-        return self.roles("policy", input_ids, attention_mask, num_tokens, self.rollout_args.temperature)[0]
+        """Log-probabilities of the last num_tokens tokens, (batch, num_tokens)."""
+        return self._compute("policy", input_ids, attention_mask, num_tokens)[0]
 
     @torch.no_grad()
     def _in_parts(self, role, input_ids, attention_mask, num_tokens):
@@ -423,8 +435,7 @@ class PPOTrainer(RolloutMixin, Trainer):
         size, found = self.args.per_device_eval_batch_size, []
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
-            temperature = self.rollout_args.temperature
-            out = self.roles(role, input_ids[part], attention_mask[part], num_tokens, temperature)
+            out = self._compute(role, input_ids[part], attention_mask[part], num_tokens)
             found.append(out if isinstance(out, tuple) else (out,))
         return [torch.cat(column) for column in zip(*found, strict=True)]
 
@@ -609,10 +620,9 @@ class PPOTrainer(RolloutMixin, Trainer):
 
     def prove(self, model, inputs):
         """The policy that is trained is the policy that sampled: ratio 1 before the first step."""
-        batch = (inputs["input_ids"], inputs["attention_mask"], inputs["mask"].shape[1], self.rollout_args.temperature)
+        batch = (inputs["input_ids"], inputs["attention_mask"], inputs["mask"].shape[1])
         with torch.no_grad():
-            logps, _ = model("policy", *batch)
-            reference, _ = self.roles("reference", *batch)
+            logps, reference = (self._compute(role, *batch)[0] for role in ("policy", "reference"))
         mask = inputs["mask"]
         self.check_sampler(model)
         if self.at_rollout_start:  # a run that goes on in the middle of a rollout has trained on it already
@@ -640,20 +650,27 @@ class PPOTrainer(RolloutMixin, Trainer):
         if not self.args.should_save:
             return
         directory, policy = Path(output_dir or self.args.output_dir), self.roles.activate("policy")
-        policy.save_pretrained(
-            directory, **({"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {})
-        )
+        adapter = {"selected_adapters": ["default"]} if isinstance(policy, PeftModel) else {}
+        policy.save_pretrained(directory, state_dict=self.saved_state(state_dict), **adapter)
         torch.save(self.args, directory / "training_args.bin")
         if directory.name.startswith("checkpoint-"):
-            state = self._critic_state()
+            state = self._critic_state(state_dict or self.roles.state_dict())
             save_file({name: tensor.detach().clone() for name, tensor in state.items()}, directory / CRITIC_FILE)
 
-    def _critic_state(self):
+    def saved_state(self, state):
+        """The policy's tensors, under its own names."""
+        return state and {
+            name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")
+        }
+
+    def _critic_state(self, state):
         if "critic" in self.roles.apart:
-            layers = self.roles.apart["critic"].state_dict()
+            prefix = "apart.critic."
+            layers = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         else:
-            layers = get_peft_model_state_dict(self.roles.model, adapter_name="critic")
-        return {HEAD: self.roles.heads["critic"].weight, **layers}
+            policy = self.saved_state(state)
+            layers = get_peft_model_state_dict(self.roles.model, state_dict=policy, adapter_name="critic")
+        return {HEAD: state["heads.critic.weight"], **layers}
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load policy and critic; reference and reward model are the run's own."""
@@ -677,7 +694,7 @@ class PPOTrainer(RolloutMixin, Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None and self.rollout is None:
             path = Path(checkpoint, ROLLOUT_FILE.format(rank=self.args.process_index))
-            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            state = send_to_device(torch.load(path, map_location="cpu", weights_only=True), self.args.device)
             self.kl.coef = state["kl_coef"]
             self.rollout = None if state["rollout"] is None else Rollout(**state["rollout"])
 

@@ -314,7 +314,7 @@ def finish_run(trainer: StageMixin, run: Run, tokenizer) -> None:
     measured = memory.used_bytes(args.use_cpu, peak=True) - (run.bytes_before if args.use_cpu else 0)
     save_final(trainer, run, tokenizer)
     if trainer.is_world_process_zero():
-        draw_curves(trainer.state.log_history, Path(args.output_dir, "curves.png"), f"{run.stage}: loss")
+        draw_curves(trainer.state.log_history, Path(args.output_dir, "curves.png"), run.stage)
         seen = np.union1d(data.load_seen_prompts(run.source.directory), run.train_hashes)
         np.save(Path(args.output_dir, data.SEEN_PROMPTS), seen)
         if args.do_eval:
@@ -365,7 +365,7 @@ def trained_tensors(trainer: StageMixin) -> dict[str, torch.Tensor]:
     model = trainer.saved_model()
     state = None
     if memory.zero_stage(trainer.args.deepspeed) == 3:
-        state = trainer.accelerator.get_state_dict(trainer.deepspeed)
+        state = trainer.saved_state(trainer.accelerator.get_state_dict(trainer.deepspeed))
         if not trainer.is_world_process_zero():
             return {}
     if isinstance(model, PeftModel):

@@ -1,5 +1,6 @@
 """Scores from a trained reward model: load it, score answers. The tokens are those of training, the position too."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -34,6 +35,20 @@ class RewardModel:
     def max_length(self) -> int:
         """Tokens of prompt and answer it can read."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+
+
+def find_reward_model(path: str) -> Source:
+    """Find what --reward_model_path names, before anything is loaded.
+
+    Raises:
+        ValueError: it is not there, or writes answers.
+    """
+    if not os.path.isdir(path):
+        raise ValueError(f"--reward_model_path {path}: no such directory; sh scripts/run_rm.sh trains a reward model")
+    source = resolve(path)
+    if not is_reward_model(source, load_config(source, ModelArguments(model_name_or_path=path), scores=True)):
+        raise ValueError(f"--reward_model_path {path} is no reward model (it writes answers)")
+    return source
 
 
 def load_reward_model(directory: str, only_cpu: bool = False) -> RewardModel:

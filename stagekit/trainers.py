@@ -131,6 +131,10 @@ class StageMixin:
         """What the stage delivers, without the wrappers of distributed training."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
+    def saved_state(self, state: dict | None) -> dict | None:
+        """The tensors of saved_model(), by its own names, among those of the module that is trained."""
+        return state
+
     def create_model_card(self, *args, **kwargs):
         """Write none: stage.json says where a stage comes from, and whose model it is the user says."""
 

@@ -407,7 +407,7 @@ def test_groups_that_do_not_fit_are_refused(chain, tmp_path):
 
 def test_what_teaches_nothing_is_said_and_does_not_stop_the_run(chain, tmp_path):
     (tmp_path / "toy.py").write_text(
-        "def one(prompts, completions, answers):\n    return [1.0 for _ in completions]\n"
+        "def one(prompts, completions, answers):\n    return [0.2 for _ in completions]\n"
     )
     flags = ("--reward_functions", f"{tmp_path / 'toy.py'}:one", "--max_steps", "2", "--max_completion_length", "1")
     error = grpo(chain, tmp_path / "grpo", *flags).stderr

@@ -18,6 +18,8 @@ MAY_IMPORT = {
     "stagekit.formats": set(),
     "stagekit.data": {"stagekit.formats"},
     "stagekit.checkpoint": set(),
+    "stagekit.commandline": set(),
+    "stagekit.journal": set(),
     "stagekit.memory": set(),
     "stagekit.curves": set(),
     "stagekit.modeling": {"stagekit.checkpoint", "stagekit.memory", "template"},
@@ -30,7 +32,11 @@ MAY_IMPORT = {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.tokenization"),
     },
     "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
-    "stagekit.ppo": {"stagekit.checkpoint", "stagekit.checks", "stagekit.modeling", "stagekit.trainers"},
+    "stagekit.rollouts": {"stagekit.checks", "stagekit.rewards", "stagekit.trainers"},
+    "stagekit.ppo": {
+        *("stagekit.checkpoint", "stagekit.checks", "stagekit.memory", "stagekit.modeling", "stagekit.rollouts"),
+        "stagekit.scoring",
+    },
     "stagekit.scoring": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization"),
     },

@@ -18,6 +18,7 @@ from test_generation import COLD, FEVER, TAUGHT, endless, outputs, said  # noqa:
 
 import inference
 from stagekit import generation
+from stagekit.journal import Journal
 
 REST = TAUGHT[0][-1]["content"]
 
@@ -474,17 +475,17 @@ def test_a_killed_run_continues_where_it_stood(endless, tmp_path):  # noqa: F811
 
 def test_a_torn_line_is_cut_off_before_the_journal_goes_on(tmp_path):
     header, rows = {"model": "m"}, [{"index": 0}, {"index": 1}]
-    journal = inference.Journal(tmp_path / "p", header)
+    journal = Journal(tmp_path / "p", header)
     journal.add(rows[0])
     whole = (tmp_path / "p").read_bytes()
     for torn in (b'{"index": 1, "predic', b"\x00\x00\x00\n", b'{"index": 1}'):
         (tmp_path / "p").write_bytes(whole + torn)
-        journal = inference.Journal(tmp_path / "p", header)
+        journal = Journal(tmp_path / "p", header)
         assert journal.rows == {0: rows[0]}
         journal.add(rows[1])
         assert read(tmp_path / "p") == [header, *rows]
     (tmp_path / "p").write_bytes(whole[:5])
-    assert inference.Journal(tmp_path / "p", header).rows == {} and read(tmp_path / "p") == [header]
+    assert Journal(tmp_path / "p", header).rows == {} and read(tmp_path / "p") == [header]
 
 
 def test_what_is_answered_stands_in_the_partial_at_once(endless, tmp_path, monkeypatch):  # noqa: F811

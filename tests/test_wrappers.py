@@ -50,12 +50,12 @@ def test_the_wrappers_walk_from_a_base_to_an_answer(tiny_qwen3, tmp_path, proces
         stage = stage_of(tmp_path / "outputs" / name)
         assert stage["parent"]["path"] == "../sft" and all(check["passed"] for check in stage["checks"].values())
         assert stage["data"]["train"]["files"][0].startswith("data/reward/")
-    if "zero3" not in deepspeed:  # PPO needs the base whole on every process
-        prompts = ("--train_file_dir", tmp_path / "chats", "--validation_file_dir", ROOT / "data/eval/questions.jsonl")
-        small = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1")  # 20 prompts are not many
-        few = (*few[:6], *prompts, *small, "--max_eval_samples", "8", "--max_completion_length", "8")
-        run("sh", ROOT / "scripts/run_ppo.sh", *few, "--allow_untrained_reward_model", "True")
-        stage = stage_of(tmp_path / "outputs" / "ppo")
+    prompts = ("--train_file_dir", tmp_path / "chats", "--validation_file_dir", ROOT / "data/eval/questions.jsonl")
+    small = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1")  # 20 prompts are not many
+    few = (*few[:6], *prompts, *small, "--max_eval_samples", "8", "--max_completion_length", "8")
+    for name, own in (("rl", ("--allow_untrained_reward_model", "True")), ("grpo", ("--num_generations", "2"))):
+        run("sh", ROOT / f"scripts/run_{name}.sh", *few, *own)
+        stage = stage_of(tmp_path / "outputs" / name.replace("rl", "ppo"))
         assert stage["parent"]["path"] == "../sft" and all(check["passed"] for check in stage["checks"].values())
     flags = (
         "--lora_model",
