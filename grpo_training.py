@@ -224,14 +224,14 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
         """TRL's round, with the sampler proved where it is another program, and warnings where nothing is learnt."""
         self.rows = inputs
         found = super()._generate_and_score_completions(inputs)
-        if self.model.training:  # TRL finds a spread in the rounding error of eight times 0.2
-            self._metrics["train"]["frac_reward_zero_std"][-1] = self.without_spread
+        shares = self._metrics["train"]
+        shares["frac_reward_zero_std"][-1] = self.without_spread  # TRL finds a spread in the rounding error of 0.2
         if self.use_vllm:
             mask, trained = found["completion_mask"], found["old_per_token_logps"]
             compared = (self.model, found["sampling_per_token_logps"], trained, mask, True)
             self.run.checks.run("rollout_is_policy", checks.sampler_is_policy, *compared, quiet=True)
         for metric, text in WARNINGS.items():
-            share = self._metrics["train"][metric][-1] if self.model.training else 0.0
+            share = shares[metric][-1]
             if share > 0.5 and metric not in self.warned and self.is_world_process_zero():
                 self.warned.add(metric)
                 logger.warning("warning: step %d: %.0f %% of the %s", self.state.global_step, 100 * share, text)
@@ -297,7 +297,7 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
     # -- training --
 
     def _prepare_inputs(self, inputs):
-        """A round's rows become the part of it this micro-step trains on; what is prepared already passes."""
+        """A round's rows become the part of it this micro-step trains on; held-out rows, and such parts, pass."""
         return inputs if isinstance(inputs, dict) or not self.model.training else super()._prepare_inputs(inputs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

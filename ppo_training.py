@@ -120,6 +120,15 @@ ARGUMENTS = (
 )
 
 
+def refuse_offload(training_args) -> None:
+    """DeepSpeed's offload drops gradients: the optimiser gets those of a step's last micro-batch, the critic's."""
+    if training_args.deepspeed and training_args.hf_deepspeed_config.is_offload():
+        raise ValueError(
+            f"--deepspeed {training_args.deepspeed}: offload would lose the policy's gradients, for policy and critic "
+            "take turns; use scripts/zero2.json or zero3.json, or --load_in_4bit True"
+        )
+
+
 def shares_base(reward: Source, source: Source) -> bool:
     """Whether a reward model is an adapter on the policy's base."""
     same = base_fingerprint(reward.base) == base_fingerprint(source.base) and reward.merged == source.merged
@@ -144,6 +153,7 @@ def main():
         raise ValueError(
             "--reward_model_path is missing: name the directory reward_modeling.py wrote, or --reward_functions"
         )
+    refuse_offload(training_args)
     own = (data_args, prompt_args, rollout_args, ppo_args)
     run = start_run("ppo", model_args, lora_args, run_args, training_args, *own)
 

@@ -16,7 +16,6 @@ launch grpo_training.py \
     --do_train \
     --do_eval \
     --reward_functions accuracy,language \
-    --reward_weights 1,0.2 \
     --num_generations 8 \
     --max_prompt_length "$(by_scale 256 512)" \
     --max_completion_length "$(by_scale 48 512)" \

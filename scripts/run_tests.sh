@@ -4,9 +4,10 @@
 #   sh scripts/run_tests.sh tests/test_scripts.py -k wrapper
 set -eu
 cd "$(dirname "$0")/.."
-NPROC=1    # the tests are one process, which may use all the cores
+NPROC=1
+OMP_NUM_THREADS=1    # two processes run the tests, file by file
 . scripts/env.sh
 
 [ $# -gt 0 ] || set -- tests
 export HF_HUB_OFFLINE=1
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

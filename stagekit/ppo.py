@@ -580,8 +580,15 @@ class PPOTrainer(RolloutMixin, Trainer):
             with self.compute_loss_context_manager():
                 self.rollout = self.make_rollout(self._prepare_inputs(inputs))
             model.train(was_training)
+        if self.micro % self.args.gradient_accumulation_steps == 0:
+            self._forget_gradients()
         self.micro += 1
         return super().training_step(model, self._micro_batch(at), num_items_in_batch)
+
+    def _forget_gradients(self):
+        """ZeRO-3 overwrites the last step's gradients in a step's first micro-batch, which the critic is not in."""
+        if zero_stage(self.args.deepspeed) == 3:
+            self.deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
 
     def _micro_batch(self, at):
         """The part of the rollout for micro-step `at`."""

@@ -86,7 +86,9 @@ def run_stage(main):
                 debug = bool(sys.argv.pop(index))
                 break
         try:
-            return main(*args, **kwargs)
+            main(*args, **kwargs)
+            if torch.distributed.is_initialized():  # a thread left running would abort the process at its end
+                torch.distributed.destroy_process_group()
         except (ValueError, OSError) as error:
             if debug:
                 traceback.print_exc()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import kill_at, log_of, run_script, stage_of, write_jsonl
+from conftest import ROOT, kill_at, log_of, run_script, stage_of, write_jsonl
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -480,6 +480,20 @@ def test_an_untrained_reward_model_is_refused_unless_it_is_insisted_on(chain, tm
     flags = ("--reward_model_path", tmp_path / "rm", "--max_steps", "1")
     assert "its scores may be chance" in refusal(chain, tmp_path, *flags)
     ppo(chain, tmp_path / "ppo", *flags, "--allow_untrained_reward_model", "True")
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_offload_is_refused_which_would_lose_the_gradients_of_the_policy(name):
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from ppo_training import refuse_offload
+
+    config = HfDeepSpeedConfig(str(ROOT / f"scripts/{name}.json"))
+    args = SimpleNamespace(deepspeed=name, hf_deepspeed_config=config)
+    if "offload" not in name:
+        return refuse_offload(args)
+    with pytest.raises(ValueError, match="offload would lose"):
+        refuse_offload(args)
 
 
 def test_what_is_no_reward_model_on_this_base_is_refused(chain, tmp_path, tiny_llama):
