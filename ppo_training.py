@@ -90,6 +90,9 @@ class PPOArguments:
     max_kl: float = field(
         default=100.0, metadata={"help": "Stop when the mean KL of an answer to the reference passes this, in nats."}
     )
+    min_entropy: float = field(
+        default=0.01, metadata={"help": "Stop when the mean entropy of a token falls under this, in nats: a collapse."}
+    )
     whiten_advantages: bool = field(
         default=True, metadata={"help": "Advantages of mean 0 and variance 1 in a rollout."}
     )

@@ -412,13 +412,14 @@ def sampler_is_policy(
     return f"mean difference {mean:.1g} nats a token", f"{limit:g}"
 
 
-def policy_is_sane(kl: float, max_kl: float, entropy: float) -> tuple[str, str]:
+def policy_is_sane(kl: float, max_kl: float, entropy: float, min_entropy: float) -> tuple[str, str]:
     """The policy has not run away from its reference, and still has a choice.
 
     Args:
         kl: mean KL of whole answers to the reference, in nats.
         max_kl: limit for it.
         entropy: mean entropy of a token, in nats.
+        min_entropy: limit for it.
     """
     if not (np.isfinite(kl) and np.isfinite(entropy)):
         raise CheckError(f"KL {kl} and entropy {entropy} are no numbers; lower --learning_rate")
@@ -427,7 +428,13 @@ def policy_is_sane(kl: float, max_kl: float, entropy: float) -> tuple[str, str]:
             f"the policy is {kl:.1f} nats an answer away from its reference (limit {max_kl:g}), where scores mislead; "
             "raise --kl_coef, set --target_kl, or lower --learning_rate (--max_kl moves the limit)"
         )
-    return f"KL {kl:.3f} nats an answer, entropy {entropy:.3f} nats a token", f"KL {max_kl:g}"
+    if entropy < min_entropy:
+        raise CheckError(
+            f"the policy has collapsed: its entropy is {entropy:.4f} nats a token (limit {min_entropy:g}), so it "
+            "tries nothing else; raise --kl_coef or --entropy_coef, or lower --learning_rate (--min_entropy moves "
+            "the limit)"
+        )
+    return f"KL {kl:.3f} nats an answer, entropy {entropy:.3f} nats a token", f"KL {max_kl:g}, entropy {min_entropy:g}"
 
 
 def processes_share_gradients(trainer) -> tuple[str, str]:

@@ -559,9 +559,8 @@ class PPOTrainer(RolloutMixin, Trainer):
         variance = return_squares / tokens - (return_sum / tokens) ** 2
         self.observe({"explained_variance": ones * (1 - error_sum / tokens / max(variance, 1e-8))}, ones)
         self.observe({"kl_coef": ones * self.kl.coef}, ones)
-        self.run.checks.run(
-            "policy_is_sane", checks.policy_is_sane, kl_sum / count, self.ppo.max_kl, entropy_sum / count, quiet=True
-        )
+        state = (kl_sum / count, self.ppo.max_kl, entropy_sum / count, self.ppo.min_entropy)
+        self.run.checks.run("policy_is_sane", checks.policy_is_sane, *state, quiet=True)
         self.kl.update(kl_sum / count, int(count))
         asked = [row["prompt"] for row in inputs["rows"][:4]]
         self.note_samples(asked, found["texts"][:4], found["scores"][:4].tolist())

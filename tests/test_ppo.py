@@ -504,7 +504,11 @@ def test_what_is_no_reward_model_on_this_base_is_refused(chain, tmp_path, tiny_l
     )
 
 
-def test_a_policy_that_runs_away_is_stopped_with_a_reason(chain, tmp_path):
-    flags = ("--reward_model_path", chain / "rm", "--max_steps", "8", "--max_kl", "1e-6", "--num_ppo_epochs", "1")
-    line = refusal(chain, tmp_path, *flags)
-    assert "policy_is_sane failed" in line and "raise --kl_coef" in line
+@pytest.mark.parametrize(
+    ("limit", "said"), [(("--max_kl", "1e-6"), "away from its reference"), (("--min_entropy", "9"), "has collapsed")]
+)
+def test_a_policy_that_runs_away_or_collapses_is_stopped_with_a_reason(chain, tmp_path, limit, said):
+    line = refusal(
+        chain, tmp_path, "--reward_model_path", chain / "rm", "--max_steps", "8", "--num_ppo_epochs", "1", *limit
+    )
+    assert "policy_is_sane failed" in line and said in line and "raise --kl_coef" in line
