@@ -19,6 +19,7 @@ launch ppo_training.py \
     --max_prompt_length "$(by_scale 256 512)" \
     --max_completion_length "$(by_scale 48 256)" \
     --num_mini_batches 2 \
+    --target_kl "$(by_scale 20 10)" \
     --num_train_epochs "${EPOCHS:-1}" \
     --per_device_train_batch_size "${BATCH_SIZE:-$(by_scale 8 4)}" \
     --gradient_accumulation_steps "$ACCUMULATION" \
