@@ -336,3 +336,19 @@ def test_help_needs_no_torch():
 
 def test_the_padding_of_scoring_is_that_of_training(reward):
     assert reward.pad_token_id == build_tokenizer().pad_token_id == reward.model.config.pad_token_id == 3
+
+
+def test_under_a_python_without_packages_it_goes_on_in_the_environment_or_says_so(tmp_path):
+    """-S hides installed packages; the project's .venv, where there is one, has them."""
+    command = [
+        sys.executable,
+        "-S",
+        "-m",
+        "tools.score_answers",
+        "--reward_model",
+        tmp_path / "none",
+        "--data_file",
+        "x",
+    ]
+    result = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
