@@ -16,9 +16,11 @@ def continue_in_project_environment() -> None:
     if python.is_file() and os.environ.get("STAGEKIT_ENVIRONMENT") != str(python):
         os.environ["STAGEKIT_ENVIRONMENT"] = str(python)  # once: a .venv without torch must not start itself for ever
         os.execv(python, [str(python), *sys.orig_argv[1:]])
+    # while python -m looks for the module, argv[0] is "-m"
+    name = sys.orig_argv[sys.orig_argv.index("-m") + 1] if sys.argv[0] == "-m" else Path(sys.argv[0]).name
     print(
-        f"{Path(sys.argv[0]).name}: error: {sys.executable} has no torch; pip install -r requirements.txt, or start "
-        "with sh scripts/run_sft.sh, which makes .venv",
+        f"{name}: error: {sys.executable} has no torch; pip install -r requirements.txt, or start with sh "
+        "scripts/run_sft.sh, which makes .venv",
         file=sys.stderr,
     )
     raise SystemExit(2)
