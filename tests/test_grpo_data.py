@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from test_shipped_data import READ_BY_STAGES
 
 from stagekit.data import find_files, prompt_hash, read_records
 from stagekit.formats import Conversation, Preference, Question, Ranking, RowError, Text, to_canonical
@@ -205,15 +206,15 @@ def test_no_evaluation_prompt_stands_in_any_training_folder():
                     if message["role"] == "user"
                 )
 
-    folders = [folder for folder in DATA.iterdir() if folder.is_dir() and folder.name != "eval"]
+    folders = [folder for folder in DATA.iterdir() if folder.is_dir() and folder.name not in ("eval", "rag")]
     assert {folder.name for folder in folders} >= {"pretrain", "finetune", "reward", "grpo"}
     trained = {}
     for folder in folders:
         for path in find_files(str(folder)):
             trained |= {found: origin for origin, found in prompts(path)}
     assert len(trained) > 1000
-    for path in sorted((DATA / "eval").glob("*.jsonl")):
-        for origin, found in prompts(path):
+    for name in READ_BY_STAGES:
+        for origin, found in prompts(DATA / "eval" / name):
             assert found not in trained, f"{origin} stands in {trained.get(found)}"
 
 

@@ -14,6 +14,7 @@ from stagekit.formats import Conversation, Preference, Question, Ranking, RowErr
 DATA = Path(__file__).resolve().parents[1] / "data"
 FOLDERS = ("pretrain", "finetune", "reward", "eval")
 TRAINED = ("pretrain", "finetune", "reward")  # what a model may have seen before it is evaluated
+READ_BY_STAGES = ("preferences.jsonl", "questions.jsonl", "verifiable.jsonl")  # of eval/; others: test_eval_data.py
 FAULTS = {
     *("overconfident_diagnosis", "missing_red_flags", "invented_dose", "unkind_tone", "dangerous_advice"),
     *("dishonest", "unhelpful"),
@@ -22,9 +23,10 @@ RUN = 13  # characters, letters and digits only, that count as copied when they 
 
 
 def load(folder):
-    """[(origin, raw record, canonical record, repairs)] of every record below data/<folder>."""
+    """[(origin, raw record, canonical record, repairs)] of every record below data/<folder> that a stage reads."""
     rows = []
-    for path in find_files(str(DATA / folder)):
+    paths = ",".join(str(DATA / "eval" / name) for name in READ_BY_STAGES) if folder == "eval" else str(DATA / folder)
+    for path in find_files(paths):
         for record, line in read_records(path):
             assert not isinstance(record, RowError), f"{path}:{line}: {record}"
             canonical, repairs = to_canonical(record)
