@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
 
 def converse(loaded, settings, system_prompt: str | None) -> None:
     """Talk until `exit` or end of input. Without a terminal stdout gets the answers and stderr everything else."""
-    from stagekit.generation import fit_history, prompt_limit, stream
+    from stagekit.generation import PrefixCache, fit_history, prompt_limit, stream
 
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
@@ -129,7 +129,7 @@ def converse(loaded, settings, system_prompt: str | None) -> None:
     say(f"model {source.adapter or source.base}, base {source.base}, template {template}. This is no medical advice.")
     say("`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer.")
     beginning = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages, trimmed = beginning, False
+    messages, trimmed, cache = beginning, False, PrefixCache()
     while True:
         try:
             if not terminal:
@@ -151,7 +151,7 @@ def converse(loaded, settings, system_prompt: str | None) -> None:
             if len(fitted[0]) <= len(messages) and not trimmed:
                 say("(the model's context is full: from here on the oldest exchanges are forgotten)")
                 trimmed = True
-            text = show(stream(loaded, fitted[1], settings), say, terminal)
+            text = show(stream(loaded, fitted[1], settings, cache), say, terminal)
             if text:
                 messages = [*fitted[0], {"role": "assistant", "content": text}]
         except EOFError:

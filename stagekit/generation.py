@@ -4,6 +4,7 @@ Prompts are rendered by tokenization.encode_prompt, the renderer of training: no
 trained. Used by inference.py and by whatever else asks a model questions.
 """
 
+import inspect
 import logging
 import os
 import queue
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from stagekit.arguments import ModelArguments
@@ -348,23 +349,77 @@ def _decode(loaded, ids):
     return loaded.chat.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def stream(loaded: LoadedModel, input_ids: list[int], settings: Settings) -> Iterator[Answer]:
+class PrefixCache:
+    """Keys and values of the last prompt and its answer: the next turn of a conversation computes what is new in it.
+
+    One serves a model and whoever asks it, one after the other: what a prompt shares with the one before is not
+    computed again, whosever it was. Keys and values depend on nothing behind them, so answers are those of a fresh
+    run. Layers that forget (sliding windows, recurrent states) cannot be cut back, and start afresh every time.
+    """
+
+    def __init__(self):
+        self.ids: list[int] = []
+        self.states: DynamicCache | None = None
+
+    def take(self, model: torch.nn.Module, input_ids: list[int]) -> DynamicCache | None:
+        """Hand out the states of the longest beginning that input_ids share with what is kept; keep() returns them.
+
+        Returns:
+            Of at most len(input_ids) - 1 tokens, for the last one must be computed; None: the model takes no such
+            states.
+        """
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        takes_states = "past_key_values" in inspect.signature(model.forward).parameters
+        if not (takes_states and model._supports_default_dynamic_cache()):
+            return None
+        states, self.states = self.states, None  # not kept while they change: an error must not leave half of it
+        pairs = zip(self.ids, input_ids[:-1], strict=False)
+        shared = next((place for place, (old, new) in enumerate(pairs) if old != new), None)
+        if shared is None:
+            shared = min(len(self.ids), len(input_ids) - 1)
+        if not shared or states is None or any(states.is_sliding) or not states.is_croppable:
+            return DynamicCache(config=model.config)
+        states.crop(shared - len(self.ids))
+        return states
+
+    def keep(self, states: DynamicCache | None, ids: list[int]) -> None:
+        """Keep states that stand for the beginning of ids; of the last token generated there are none."""
+        if states is not None:
+            length = states.get_seq_length()
+            self.states, self.ids = states, ids[:length]
+            if length > len(ids):
+                self.states.crop(len(ids) - length)
+
+
+def stream(
+    loaded: LoadedModel, input_ids: list[int], settings: Settings, cache: PrefixCache | None = None
+) -> Iterator[Answer]:
     """Yield one answer as it grows; the last item is the finished one.
 
     The text of an item begins with the text of the one before it and never ends in half a character. The model works
     in its own thread, so an interrupt reaches the caller at once; closing the generator stops it within one token.
+
+    Args:
+        loaded: what load_for_generation returned.
+        input_ids: the prompt.
+        settings: what choose_settings returned.
+        cache: remembers what was computed for the prompt before; one stream at a time.
     """
     tokens, stop = queue.SimpleQueue(), threading.Event()
 
     def work():
         try:
-            loaded.model.generate(
+            states = cache.take(loaded.model, input_ids) if cache else None
+            output = loaded.model.generate(
                 input_ids=torch.tensor([input_ids], device=loaded.model.device),
                 attention_mask=torch.ones(1, len(input_ids), dtype=torch.long, device=loaded.model.device),
                 generation_config=_generation_config(loaded, settings),
+                **({} if states is None else {"past_key_values": states}),
                 streamer=_Queue(tokens),
                 stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
             )
+            if cache:
+                cache.keep(states, output[0].tolist())
             tokens.put(None)
         except Exception as error:
             tokens.put(error)  # raised where the answer is read

@@ -56,6 +56,10 @@ def build_model(directory, architecture="qwen3", seed=0, scale=4.0, chat=True):
         BloomForCausalLM,
         LlamaConfig,
         LlamaForCausalLM,
+        MambaConfig,
+        MambaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
         Qwen3Config,
         Qwen3ForCausalLM,
     )
@@ -77,6 +81,10 @@ def build_model(directory, architecture="qwen3", seed=0, scale=4.0, chat=True):
         model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=32, tie_word_embeddings=True))
     elif architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common, tie_word_embeddings=False))
+    elif architecture == "mistral":  # with a window that any prompt passes
+        model = MistralForCausalLM(MistralConfig(**common, head_dim=32, sliding_window=8))
+    elif architecture == "mamba":
+        model = MambaForCausalLM(MambaConfig(**ids, hidden_size=64, num_hidden_layers=2, state_size=8))
     else:
         model = BloomForCausalLM(BloomConfig(**ids, hidden_size=64, n_layer=2, n_head=2, bos_token_id=None))
     with torch.no_grad():

@@ -12,7 +12,7 @@ from conftest import build_model, build_tokenizer
 from stagekit import generation
 from stagekit.checkpoint import base_fingerprint, relative, write_stage
 from stagekit.formats import Conversation
-from stagekit.generation import fit_history, generate_batch, stream
+from stagekit.generation import PrefixCache, fit_history, generate_batch, stream
 from stagekit.modeling import generation_settings
 from stagekit.tokenization import encode_conversation, encode_prompt
 
@@ -234,6 +234,88 @@ def test_closing_a_stream_stops_the_model(endless):
     (worker,) = set(threading.enumerate()) - others
     answers.close()
     assert not worker.is_alive()
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How many tokens each forward pass of a model of the Qwen3 family computed."""
+    from transformers import Qwen3Model
+
+    lengths, forward = [], Qwen3Model.forward
+
+    def counted(self, input_ids=None, **others):
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids=input_ids, **others)
+
+    monkeypatch.setattr(Qwen3Model, "forward", counted)
+    return lengths
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama", "bloom", "mistral", "mamba"])
+def test_a_conversation_with_kept_states_has_the_answers_of_fresh_runs(architecture, tmp_path):
+    loaded = load(build_model(tmp_path / "model", architecture, chat=False), template_name="vicuna")
+    head = loaded.model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(1)))
+    settings, cache, messages, texts = greedy(loaded, max_new_tokens=12, repetition_penalty=1.2), PrefixCache(), [], []
+    for question in ("发烧怎么办？", "What is a fever?", "a", "感冒了要多休息吗？"):
+        messages.append(said("user", question))
+        prompt = encode_prompt(loaded.chat, messages)
+        (*_, answer) = stream(loaded, prompt, settings, cache)
+        assert (answer.text, answer.num_tokens) == greedy_by_hand(loaded, prompt, 12, 1.2)
+        messages.append(said("assistant", answer.text))
+        texts.append(answer.text)
+    assert len(set(texts)) > 1
+
+
+def test_a_turn_computes_only_what_is_new_in_its_prompt(sft, computed):
+    cache = PrefixCache()
+    first, second = (encode_prompt(sft.chat, TAUGHT[2][:turn]) for turn in (1, 3))
+    (*_, answer) = stream(sft, first, greedy(sft), cache)
+    assert computed == [len(first)] + [1] * (answer.num_tokens - 1)
+    assert answer.text == TAUGHT[2][1]["content"]
+    told = encode_prompt(sft.chat, TAUGHT[2][:1]) + sft.chat.tokenizer.encode(answer.text, add_special_tokens=False)
+    assert second[: len(told)] == told  # the stop token was generated, and nothing was computed behind it
+    computed.clear()
+    (*_, answer) = stream(sft, second, greedy(sft), cache)
+    assert computed[0] == len(second) - len(told)
+    assert answer.text == TAUGHT[2][3]["content"]
+
+
+def test_the_same_prompt_again_computes_its_last_token(sft, computed):
+    cache, prompt = PrefixCache(), encode_prompt(sft.chat, [COLD])
+    answers = [list(stream(sft, prompt, greedy(sft), cache))[-1] for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert computed[answers[0].num_tokens] == 1
+
+
+def test_an_unrelated_conversation_in_between_changes_nothing(sft):
+    cache = PrefixCache()
+    for messages in (TAUGHT[2][:1], TAUGHT[1][:2], TAUGHT[2][:3], TAUGHT[0][:1]):
+        prompt = encode_prompt(sft.chat, messages)
+        assert list(stream(sft, prompt, greedy(sft), cache))[-1] == list(stream(sft, prompt, greedy(sft)))[-1]
+
+
+def test_what_a_stopped_answer_left_can_be_gone_on_from(sft, computed):
+    cache, prompt = PrefixCache(), encode_prompt(sft.chat, [COLD])
+    answers = stream(sft, prompt, greedy(sft), cache)
+    begun = next(answers).text
+    answers.close()
+    computed.clear()
+    messages = [COLD, said("assistant", begun), FEVER]
+    after = encode_prompt(sft.chat, messages)
+    found = list(stream(sft, after, greedy(sft), cache))[-1]
+    assert computed[0] < len(after) - len(prompt) + 1
+    assert found == list(stream(sft, after, greedy(sft)))[-1]
+
+
+def test_states_of_an_answer_that_failed_are_not_used_again(outputs):
+    loaded, cache = load(outputs / "base"), PrefixCache()
+    prompt = encode_prompt(loaded.chat, [COLD])
+    list(stream(loaded, prompt, greedy(loaded, max_new_tokens=4), cache))
+    with pytest.raises(IndexError):
+        list(stream(loaded, [*prompt, 10**6], greedy(loaded, max_new_tokens=4), cache))
+    settings = greedy(loaded, max_new_tokens=4)
+    assert list(stream(loaded, prompt, settings, cache))[-1] == list(stream(loaded, prompt, settings))[-1]
 
 
 def test_blanks_between_words_survive_a_tokenizer_that_drops_the_first():
