@@ -13,9 +13,7 @@ The reference is the policy of the stage the run starts from: a frozen copy of i
 memory; for a fresh adapter the base itself. The first step shows it: log-ratios 0, loss ln 2.
 """
 
-import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -23,6 +21,7 @@ from trl import DPOConfig, DPOTrainer
 
 from stagekit import checks
 from stagekit.arguments import (
+    AnswerArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -34,7 +33,6 @@ from stagekit.arguments import (
 )
 from stagekit.modeling import (
     add_adapter,
-    changed_tensors,
     copy_adapter,
     load_config,
     load_model,
@@ -43,9 +41,9 @@ from stagekit.modeling import (
 )
 from stagekit.pair_metrics import pair_accuracy, weighted_mean
 from stagekit.pairs import PairCollator
-from stagekit.run import check_memory, finish_run, load_pairs, print_preview, run_stage, start_run
+from stagekit.run import check_memory, finish_run, load_pairs, plan_questions, print_preview, run_stage, start_run
 from stagekit.tokenization import prepare_chat
-from stagekit.trainers import PairMixin, add_settings, exact_adapters
+from stagekit.trainers import PairMixin, ReferenceMixin, add_settings, exact_adapters
 
 LOSSES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -151,6 +149,7 @@ ARGUMENTS = (
     LoraArguments,
     PairArguments,
     DPOArguments,
+    AnswerArguments,
     RunArguments,
     StageTrainingArguments,
 )
@@ -168,7 +167,7 @@ class Recorder:
         return outputs
 
 
-class PolicyTrainer(PairMixin, DPOTrainer):
+class PolicyTrainer(ReferenceMixin, PairMixin, DPOTrainer):
     """TRL's DPOTrainer with the right reference, exact means over the global batch, and one adapter on disk.
 
     TRL's losses are means over a batch, so here every pair counts once, the pairs of a ranking too.
@@ -176,7 +175,7 @@ class PolicyTrainer(PairMixin, DPOTrainer):
 
     def __init__(self, run, dpo_args, **kwargs):
         self.dpo_args = dpo_args
-        self.compared = None  # what _compare_reference found, if the reference is gone by the first step
+        self.compared = None  # what compare_reference found, if the reference is gone by the first step
         args = kwargs["args"]
         has_adapter = isinstance(kwargs["model"], PeftModel)
         # TRL would compute them in __init__, before its incomplete copy of the adapter is completed below
@@ -195,7 +194,7 @@ class PolicyTrainer(PairMixin, DPOTrainer):
 
         self._precompute_model_hash = f"{hash_module(self.model)} {self.ld_alpha}"  # what TRL's cache depends on
         size = self.args.per_device_train_batch_size
-        self.compared = self._compare_reference()
+        self.compared = self.compare_reference()
         self.model.eval()
         self.train_dataset = self._precompute_ref_logps(self.train_dataset, "train", size)
         self.eval_dataset = self._precompute_ref_logps(self.eval_dataset, "eval", size)
@@ -301,7 +300,7 @@ class PolicyTrainer(PairMixin, DPOTrainer):
         plain = -torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:], reduction="none")
         difference = (plain * mask[0, 1:] - token_logps[0]).abs().max().item()
         eq7 = loss.item() if self.dpo_args.is_plain() else None
-        compared = self.compared or self._compare_reference()
+        compared = self.compared or self.compare_reference()
         resumed = self.run.resume is not None
         policy, reference = (
             torch.cat([rows[f"{name}_{side}"] for side in ("chosen", "rejected")]) for name in ("policy", "reference")
@@ -309,30 +308,20 @@ class PolicyTrainer(PairMixin, DPOTrainer):
         findings = (model, policy, reference, eq7, difference, *compared, resumed)
         self.run.checks.run("reference_is_parent", checks.reference_is_parent, *findings)
 
-    def _compare_reference(self):
-        """(names of the reference adapter's tensors that differ from the parent's file, number of those compared)."""
-        has_copy = isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
-        return changed_tensors(self.model, "ref", self.run.source.adapter) if has_copy else ([], 0)
-
-    def _save(self, output_dir=None, state_dict=None):
-        """The reference is the parent's adapter, which has its own directory: a stage holds one adapter."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            shutil.rmtree(Path(output_dir or self.args.output_dir, "ref"), ignore_errors=True)
-
 
 @run_stage
 def main():
     parsed = parse_args(*ARGUMENTS, description=__doc__)
-    model_args, data_args, prompt_args, lora_args, pair_args, dpo_args, run_args, training_args = parsed
+    model_args, data_args, prompt_args, lora_args, pair_args, dpo_args, answer_args, run_args, training_args = parsed
     training_args.do_train = training_args.do_train and not pair_args.preview
     settings = {name: value for name, value in vars(dpo_args).items() if name not in ("rpo_alpha", "given")}
     add_settings(training_args, DPOConfig, **settings, max_length=None)
-    own = (data_args, prompt_args, pair_args, dpo_args)
+    own = (data_args, prompt_args, pair_args, dpo_args, answer_args)
     run = start_run("dpo", model_args, lora_args, run_args, training_args, *own)
 
     tokenizer = load_tokenizer(run.source, model_args)
     run.chat = chat = prepare_chat(tokenizer, prompt_args.template_name)
+    plan_questions(run, answer_args, pair_args.max_length // 2, pair_args.max_length // 2)
     config = load_config(run.source, model_args, longest=pair_args.max_length)
     datasets, probes = load_pairs(run, data_args, chat, pair_args.max_length, whole_answers=False)
     if pair_args.preview:

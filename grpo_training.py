@@ -14,13 +14,11 @@ Run it through scripts/run_grpo.sh, or:
 
 import contextlib
 import logging
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import prepare_deepspeed
 from trl.models.utils import unwrap_model_for_generation
@@ -28,6 +26,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from stagekit import checks
 from stagekit.arguments import (
+    AnswerArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -39,20 +38,19 @@ from stagekit.arguments import (
 )
 from stagekit.modeling import (
     add_adapter,
-    changed_tensors,
     copy_adapter,
+    count_positions,
     load_config,
     load_model,
     load_tokenizer,
     prepare_for_training,
     takes_position_ids,
 )
-from stagekit.prompts import accept_prompt, tokenize_prompts
 from stagekit.rewards import load_rewards
-from stagekit.rollouts import PromptCollator, RolloutMixin, mask_answers
-from stagekit.run import check_memory, finish_run, load_data, run_stage, start_run
+from stagekit.rollouts import PromptCollator, RolloutMixin
+from stagekit.run import check_memory, finish_run, load_prompts, plan_questions, run_stage, start_run
 from stagekit.tokenization import prepare_chat
-from stagekit.trainers import add_settings, exact_adapters
+from stagekit.trainers import ReferenceMixin, add_settings, exact_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +145,7 @@ ARGUMENTS = (
     LoraArguments,
     RolloutArguments,
     GRPOArguments,
+    AnswerArguments,
     RunArguments,
     StageTrainingArguments,
 )
@@ -171,11 +170,11 @@ class WithPositions:
         self.model = model
 
     def __call__(self, attention_mask, **inputs):
-        positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        positions = count_positions(attention_mask)
         return self.model(attention_mask=attention_mask, position_ids=positions, **inputs)
 
 
-class GroupTrainer(RolloutMixin, GRPOTrainer):
+class GroupTrainer(RolloutMixin, ReferenceMixin, GRPOTrainer):
     """TRL's GRPOTrainer with this project's prompts and rewards, the right reference, and resume in mid-round."""
 
     def __init__(self, run, grpo_args, rollout_args, rewards, reference=None, **kwargs):
@@ -248,7 +247,7 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
             log_metric(f"unread/{function.__name__}", sum(not item.parsed for item in judged) / len(judged))
             return [item.score for item in judged]
 
-        function.__name__ = reward.name.rpartition(":")[2]
+        function.__name__ = reward.label
         return function
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -258,7 +257,7 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
         spread = groups.max(dim=1).values - groups.min(dim=1).values
         self.without_spread = (spread < 1e-6).float().mean().item()
         totals = every[self.accelerator.process_index * len(prompts) :][: len(prompts)].tolist()
-        first = range(0, len(prompts), self.num_generations)[:4] if len(prompts) >= self.num_generations else range(1)
+        first = range(0, len(prompts), self.num_generations)[:4]
         texts = [self.answer_text(completion_ids_list[index]) for index in first]
         self.note_samples([prompts[index] for index in first], texts, [totals[index] for index in first])
         return found
@@ -327,10 +326,7 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
                 (logps(ids, attention, mask.shape[1]) * mask).sum(dim=1)
                 for logps in (self.policy_logps, self._reference_logps)
             )
-        compared = ([], 0)
-        if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
-            compared = changed_tensors(self.model, "ref", self.run.source.adapter)
-        findings = (model, policy, reference, None, 0.0, *compared, self.run.resume is not None)
+        findings = (model, policy, reference, None, 0.0, *self.compare_reference(), self.run.resume is not None)
         self.run.checks.run("reference_is_parent", checks.reference_is_parent, *findings)
 
     # -- held-out prompts --
@@ -339,10 +335,8 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
         """What a greedy answer to each held-out prompt scores, its length, whether it stopped; KL with a reference."""
         batch = PromptCollator(self.processing_class.pad_token_id)(inputs)
         ids, attention = (batch[name].to(self.args.device) for name in ("input_ids", "attention_mask"))
-        answers = self.sample_answers(ids, attention, greedy=True)
-        mask, stopped = mask_answers(answers, self.chat.stop_ids)
-        texts = [self.answer_text(answer[own.bool()].tolist()) for answer, own in zip(answers, mask, strict=True)]
-        judged = self.judge(inputs, texts)
+        answers, mask, stopped = self.trim_answers(self.sample_answers(ids, attention, greedy=True))
+        judged = self.judge(inputs, self.answer_texts(answers, mask))
         rows = {"score": self.weigh(judged, len(inputs)), "length": mask.sum(dim=1), "stopped": stopped, **judged}
         if self.beta:
             whole = (torch.cat([ids, answers], dim=1), torch.cat([attention, mask], dim=1), answers.shape[1])
@@ -351,12 +345,6 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
         return rows, torch.ones_like(rows["score"])
 
     # -- checkpoints --
-
-    def _save(self, output_dir=None, state_dict=None):
-        """The reference is the parent's adapter, which has its own directory: a stage holds one adapter."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            shutil.rmtree(Path(output_dir or self.args.output_dir, "ref"), ignore_errors=True)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
@@ -372,13 +360,14 @@ class GroupTrainer(RolloutMixin, GRPOTrainer):
             self._buffered_inputs = send_to_device(answers, self.args.device)
 
 
-def settings_of(training_args, grpo_args, rollout_args, chat) -> None:
+def settings_of(training_args, grpo_args, rollout_args, rewards, chat) -> None:
     """Give the training arguments what TRL's trainer reads beside them."""
     own = {name: value for name, value in vars(grpo_args).items() if name != "given"}
     shared = ("max_completion_length", "temperature", "use_vllm")
     own.update({name: getattr(rollout_args, name) for name in shared})
     own.update({name: value for name, value in vars(rollout_args).items() if name.startswith("vllm_")})
     steps = grpo_args.steps_per_generation or training_args.gradient_accumulation_steps
+    own["reward_weights"] = [reward.weight for reward in rewards]
     own["steps_per_generation"] = steps
     own["generation_batch_size"] = answers_per_round(training_args, grpo_args)
     own["vllm_max_model_length"] = rollout_args.max_prompt_length + rollout_args.max_completion_length
@@ -391,25 +380,23 @@ def settings_of(training_args, grpo_args, rollout_args, chat) -> None:
 @run_stage
 def main():
     parsed = parse_args(*ARGUMENTS, description=__doc__)
-    model_args, data_args, prompt_args, lora_args, rollout_args, grpo_args, run_args, training_args = parsed
+    model_args, data_args, prompt_args, lora_args, rollout_args, grpo_args, answer_args, run_args, training_args = (
+        parsed
+    )
     rollout_args.reward_functions = rollout_args.reward_functions or "accuracy"
     rewards = load_rewards(rollout_args.reward_functions, rollout_args.reward_weights)
     answers_per_round(training_args, grpo_args)
-    own = (data_args, prompt_args, rollout_args, grpo_args)
+    own = (data_args, prompt_args, rollout_args, grpo_args, answer_args)
     run = start_run("grpo", model_args, lora_args, run_args, training_args, *own)
 
     tokenizer = load_tokenizer(run.source, model_args)
     run.chat = chat = prepare_chat(tokenizer, prompt_args.template_name)
-    settings_of(training_args, grpo_args, rollout_args, chat)
-    training_args.reward_weights = [reward.weight for reward in rewards]
+    plan_questions(run, answer_args, rollout_args.max_prompt_length, rollout_args.max_completion_length)
+    settings_of(training_args, grpo_args, rollout_args, rewards, chat)
     longest = rollout_args.max_prompt_length + rollout_args.max_completion_length
     config = load_config(run.source, model_args, longest=longest)
 
-    def tokenize(rows, ledger, **progress):
-        return tokenize_prompts(rows, ledger, chat, rollout_args.max_prompt_length, **progress)
-
-    datasets, _ = load_data(run, data_args, accept_prompt, tokenize, tokenizer, rollout_args.max_prompt_length)
-    run.checks.run("no_forged_turns", checks.no_forged_turns, chat)
+    datasets = load_prompts(run, data_args, rollout_args.max_prompt_length)
     apart = bool(grpo_args.beta) and not lora_args.use_peft
     check_memory(run, config, model_args, lora_args, longest, reference_model=apart)
     model = load_model(run.source, model_args, training_args, config)

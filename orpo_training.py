@@ -19,6 +19,7 @@ import torch
 from transformers import Trainer
 
 from stagekit.arguments import (
+    AnswerArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -31,7 +32,7 @@ from stagekit.arguments import (
 from stagekit.modeling import add_adapter, load_config, load_model, load_tokenizer, prepare_for_training
 from stagekit.pair_metrics import pair_accuracy, weighted_mean
 from stagekit.pairs import PairCollator
-from stagekit.run import check_memory, finish_run, load_pairs, print_preview, run_stage, start_run
+from stagekit.run import check_memory, finish_run, load_pairs, plan_questions, print_preview, run_stage, start_run
 from stagekit.tokenization import IGNORE_INDEX, prepare_chat
 from stagekit.trainers import PairMixin, keeps_logits, token_nll
 
@@ -58,6 +59,7 @@ ARGUMENTS = (
     LoraArguments,
     PairArguments,
     ORPOArguments,
+    AnswerArguments,
     RunArguments,
     StageTrainingArguments,
 )
@@ -133,13 +135,14 @@ class ORPOTrainer(PairMixin, Trainer):
 @run_stage
 def main():
     parsed = parse_args(*ARGUMENTS, description=__doc__)
-    model_args, data_args, prompt_args, lora_args, pair_args, orpo_args, run_args, training_args = parsed
+    model_args, data_args, prompt_args, lora_args, pair_args, orpo_args, answer_args, run_args, training_args = parsed
     training_args.do_train = training_args.do_train and not pair_args.preview
-    own = (data_args, prompt_args, pair_args, orpo_args)
+    own = (data_args, prompt_args, pair_args, orpo_args, answer_args)
     run = start_run("orpo", model_args, lora_args, run_args, training_args, *own)
 
     tokenizer = load_tokenizer(run.source, model_args)
     run.chat = chat = prepare_chat(tokenizer, prompt_args.template_name)
+    plan_questions(run, answer_args, pair_args.max_length // 2, pair_args.max_length // 2)
     config = load_config(run.source, model_args, longest=pair_args.max_length)
     datasets, probes = load_pairs(run, data_args, chat, pair_args.max_length, whole_answers=False)
     if pair_args.preview:

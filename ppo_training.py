@@ -15,12 +15,14 @@ The algorithm is in stagekit/ppo.py, each equation with its number.
 
 import copy
 import logging
+import os
 from dataclasses import dataclass, field
 
 from peft import PeftModel
 
 from stagekit import checks
 from stagekit.arguments import (
+    AnswerArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -40,10 +42,9 @@ from stagekit.modeling import (
     prepare_for_training,
 )
 from stagekit.ppo import PPOTrainer, build_roles, build_separate_roles
-from stagekit.prompts import accept_prompt, tokenize_prompts
 from stagekit.rewards import load_rewards
 from stagekit.rollouts import PromptCollator
-from stagekit.run import check_memory, finish_run, load_data, run_stage, start_run
+from stagekit.run import check_memory, finish_run, load_prompts, plan_questions, run_stage, start_run
 from stagekit.scoring import RewardModel, find_reward_model, load_reward_model
 from stagekit.tokenization import prepare_chat
 
@@ -118,6 +119,7 @@ ARGUMENTS = (
     LoraArguments,
     RolloutArguments,
     PPOArguments,
+    AnswerArguments,
     RunArguments,
     StageTrainingArguments,
 )
@@ -134,8 +136,24 @@ def refuse_offload(training_args) -> None:
 
 def shares_base(reward: Source, source: Source) -> bool:
     """Whether a reward model is an adapter on the policy's base."""
-    same = base_fingerprint(reward.base) == base_fingerprint(source.base) and reward.merged == source.merged
-    return same and bool(reward.adapter)
+    if not reward.adapter or reward.merged != source.merged:
+        return False
+    same = os.path.realpath(reward.base) == os.path.realpath(source.base)
+    return same or base_fingerprint(reward.base) == base_fingerprint(source.base)
+
+
+def load_beside(reward: Source, why: str, longest: int, training_args) -> RewardModel:
+    """Load a reward model that cannot be an adapter on the policy's base."""
+    if zero_stage(training_args.deepspeed) == 3:
+        raise ValueError("a reward model beside the policy must be whole on every process: use ZeRO-2, not ZeRO-3")
+    logger.info("the reward model is loaded beside the policy: %s", why)
+    model = load_reward_model(reward, training_args.use_cpu)
+    if model.max_length < longest:
+        raise ValueError(
+            f"--reward_model_path {reward.directory} reads {model.max_length} tokens, and prompt and answer may have "
+            f"{longest}; lower --max_prompt_length or --max_completion_length"
+        )
+    return model
 
 
 def load_critic(reward: RewardModel | None, run, tokenizer, model_args, config):
@@ -151,45 +169,36 @@ def load_critic(reward: RewardModel | None, run, tokenizer, model_args, config):
 @run_stage
 def main():
     parsed = parse_args(*ARGUMENTS, description=__doc__)
-    model_args, data_args, prompt_args, lora_args, rollout_args, ppo_args, run_args, training_args = parsed
+    model_args, data_args, prompt_args, lora_args, rollout_args, ppo_args, answer_args, run_args, training_args = (
+        parsed
+    )
     if not ppo_args.reward_model_path and not rollout_args.reward_functions:
         raise ValueError(
             "--reward_model_path is missing: name the directory reward_modeling.py wrote, or --reward_functions"
         )
     refuse_offload(training_args)
-    own = (data_args, prompt_args, rollout_args, ppo_args)
+    own = (data_args, prompt_args, rollout_args, ppo_args, answer_args)
     run = start_run("ppo", model_args, lora_args, run_args, training_args, *own)
 
     tokenizer = load_tokenizer(run.source, model_args)
-    run.chat = chat = prepare_chat(tokenizer, prompt_args.template_name)
+    run.chat = prepare_chat(tokenizer, prompt_args.template_name)
+    plan_questions(run, answer_args, rollout_args.max_prompt_length, rollout_args.max_completion_length)
     longest = rollout_args.max_prompt_length + rollout_args.max_completion_length
     config = load_config(run.source, model_args, longest=longest)
     rewards = load_rewards(rollout_args.reward_functions, rollout_args.reward_weights)
-    shared, reward_model = None, None
+    reward = None
     if ppo_args.reward_model_path:
-        shared = find_reward_model(ppo_args.reward_model_path)
-        found = (shared.stage, shared.directory, ppo_args.allow_untrained_reward_model)
+        reward = find_reward_model(ppo_args.reward_model_path, verify=training_args.process_index == 0)
+        found = (reward.stage, reward.directory, ppo_args.allow_untrained_reward_model)
         run.checks.run("reward_model_is_trained", checks.reward_model_is_trained, *found)
-
-    def tokenize(rows, ledger, **progress):
-        return tokenize_prompts(rows, ledger, chat, rollout_args.max_prompt_length, **progress)
-
-    datasets, _ = load_data(run, data_args, accept_prompt, tokenize, tokenizer, rollout_args.max_prompt_length)
-    run.checks.run("no_forged_turns", checks.no_forged_turns, chat)
+    datasets = load_prompts(run, data_args, rollout_args.max_prompt_length)
     full = not lora_args.use_peft
-    check_memory(run, config, model_args, lora_args, longest, reference_model=full)
-    if shared and (full or not shares_base(shared, run.source)):
-        if zero_stage(training_args.deepspeed) == 3:
-            raise ValueError("a reward model beside the policy must be whole on every process: use ZeRO-2, not ZeRO-3")
-        logger.info(
-            "the reward model is loaded beside the policy: %s", "all weights are trained" if full else "another base"
-        )
-        reward_model, shared = load_reward_model(ppo_args.reward_model_path, training_args.use_cpu), None
-        if reward_model.max_length < longest:
-            raise ValueError(
-                f"--reward_model_path {ppo_args.reward_model_path} reads {reward_model.max_length} tokens, and prompt "
-                f"and answer may have {longest}; lower --max_prompt_length or --max_completion_length"
-            )
+    more = {"reference_model": full, "trained_models": 2 if full else 1}
+    check_memory(run, config, model_args, lora_args, longest, **more)
+    reward_model = None
+    if reward and (full or not shares_base(reward, run.source)):
+        why = "all weights are trained" if full else "it is no adapter on the policy's base"
+        reward_model = load_beside(reward, why, longest, training_args)
     model = load_model(run.source, model_args, training_args, config)
     model, run.tuning = add_adapter(model, run.source, lora_args, training_args)
     if full:
@@ -199,7 +208,7 @@ def main():
             critic[0].gradient_checkpointing_enable(training_args.gradient_checkpointing_kwargs)
         roles = build_separate_roles(model, reference, *critic)
     else:
-        roles = build_roles(model, run.source, shared)
+        roles = build_roles(model, run.source, None if reward_model else reward)
     prepare_for_training(model, training_args)
     trainer = PPOTrainer(
         run,

@@ -312,6 +312,8 @@ def score(args: argparse.Namespace, functions: list, prompts: list[Prompt], jour
         where a function had nothing to read, which counts 0, and where the answer is too long for the reward model,
         which leaves it without a score.
     """
+    from stagekit.prompts import last_question
+
     answers = [journal.rows[index]["answers"] for index in range(len(prompts))]
     texts = [list(dict.fromkeys(answer["text"] for answer in group)) for group in answers]
     rewards = [{text: {} for text in group} for group in texts]
@@ -364,11 +366,6 @@ def score_with_model(args: argparse.Namespace, prompts: list[Prompt], texts: lis
         for batch, found in run_in_batches(len(items), args.batch_size, work):
             yield from (((batch[place], number), value) for (place, number), value in found)
             progress.update(len(found))
-
-
-def last_question(messages: list[dict]) -> str:
-    """The last user's words, which is what reward functions are shown."""
-    return next(message["content"] for message in reversed(messages) if message["role"] == "user")
 
 
 # -- what comes out --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from stagekit import checks
 from stagekit.arguments import (
+    AnswerArguments,
     DataArguments,
     LoraArguments,
     ModelArguments,
@@ -33,7 +34,7 @@ from stagekit.modeling import (
     packs_exactly,
     prepare_for_training,
 )
-from stagekit.run import check_memory, finish_run, load_data, print_preview, run_stage, start_run
+from stagekit.run import check_memory, finish_run, load_data, plan_questions, print_preview, run_stage, start_run
 from stagekit.tokenization import Collator, encode_conversation, prepare_chat, tokenize_rows
 from stagekit.trainers import LanguageTrainer
 
@@ -76,6 +77,7 @@ ARGUMENTS = (
     PromptArguments,
     LoraArguments,
     SFTArguments,
+    AnswerArguments,
     RunArguments,
     StageTrainingArguments,
 )
@@ -84,13 +86,15 @@ ARGUMENTS = (
 @run_stage
 def main():
     parsed = parse_args(*ARGUMENTS, description=__doc__)
-    model_args, data_args, prompt_args, lora_args, sft_args, run_args, training_args = parsed
+    model_args, data_args, prompt_args, lora_args, sft_args, answer_args, run_args, training_args = parsed
     training_args.neftune_noise_alpha = sft_args.neft_alpha or training_args.neftune_noise_alpha
     training_args.do_train = training_args.do_train and not sft_args.preview
-    run = start_run("sft", model_args, lora_args, run_args, training_args, data_args, prompt_args, sft_args)
+    own = (data_args, prompt_args, sft_args, answer_args)
+    run = start_run("sft", model_args, lora_args, run_args, training_args, *own)
 
     tokenizer = load_tokenizer(run.source, model_args)
     run.chat = chat = prepare_chat(tokenizer, prompt_args.template_name)
+    plan_questions(run, answer_args, sft_args.max_length // 2, sft_args.max_length // 2)
     config = load_config(run.source, model_args, longest=sft_args.max_length)
     packing = packs_exactly(config, sft_args.packing)
 

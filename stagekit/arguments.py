@@ -290,6 +290,29 @@ class RolloutArguments:
 
 
 @dataclass
+class AnswerArguments:
+    """Questions answered whenever the model is measured."""
+
+    _argument_group_name = "answers to held-out questions"
+
+    eval_generation_samples: int = field(
+        default=0,
+        metadata={
+            "help": "Held-out questions answered at every evaluation: eval_bleu4, eval_rouge_l, eval_accuracy (where "
+            "a reference is letters, yes or no, or a number), eval_stop_rate, eval_answer_tokens, and three answers "
+            "in the log. --metric_for_best_model eval_rouge_l chooses a checkpoint by them."
+        },
+    )
+    eval_max_new_tokens: int = field(default=256, metadata={"help": "Longest such answer in tokens."})
+
+    def __post_init__(self):
+        if not 0 <= self.eval_generation_samples <= 500:
+            raise ValueError(f"--eval_generation_samples must be 0 to 500, got {self.eval_generation_samples}")
+        if self.eval_max_new_tokens < 1:
+            raise ValueError(f"--eval_max_new_tokens must be at least 1, got {self.eval_max_new_tokens}")
+
+
+@dataclass
 class RunArguments:
     """What happens around the training."""
 

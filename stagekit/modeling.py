@@ -209,6 +209,11 @@ def takes_position_ids(config) -> bool:
     return cls is not None and "position_ids" in inspect.signature(cls.forward).parameters
 
 
+def count_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Positions from the first real token on, as generate() counts them, (batch, seq_len); padding has 0."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
 def packs_exactly(config, packing: bool | None) -> bool:
     """Decide on packing: what --packing says, else yes where the model can keep packed samples apart.
 

@@ -27,8 +27,8 @@ from trl.trainer.utils import RepeatSampler
 from stagekit import checks
 from stagekit.checkpoint import Source
 from stagekit.memory import zero_stage
-from stagekit.modeling import changed_tensors, copy_adapter, fitting_config, takes_position_ids
-from stagekit.rollouts import RolloutMixin, VLLMSampler, mask_answers, repetition
+from stagekit.modeling import changed_tensors, copy_adapter, count_positions, fitting_config, takes_position_ids
+from stagekit.rollouts import RolloutMixin, VLLMSampler, repetition
 from stagekit.scoring import RewardModel, score_answers
 
 # -- the algorithm ---------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Roles(nn.Module):
         model = self.activate(role)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.has_positions:
-            inputs["position_ids"] = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+            inputs["position_ids"] = count_positions(attention_mask)
         if role in ("policy", "reference"):
             logits = model(**inputs).logits[:, -num_tokens - 1 : -1].float() / temperature
             all_logps = logits.log_softmax(dim=-1)
@@ -452,17 +452,15 @@ class PPOTrainer(RolloutMixin, Trainer):
             answers, sampled = self.vllm(inputs["rows"], self.state.global_step)
         else:
             answers = self.sample_answers(prompts, prompt_mask, greedy)
-        mask, stopped = mask_answers(answers, self.chat.stop_ids)
-        width = int(mask.sum(dim=1).max())
-        answers, mask = answers[:, :width], mask[:, :width]
-        answers = torch.where(mask.bool(), answers, self.processing_class.pad_token_id)
+        answers, mask, stopped = self.trim_answers(answers)
+        width = answers.shape[1]
         ids, attention = torch.cat([prompts, answers], dim=1), torch.cat([prompt_mask, mask], dim=1)
         logps, entropies = self._in_parts("policy", ids, attention, width)
         if sampled is not None:
             compared = (self.model, sampled[:, :width], logps, mask, True)
             self.run.checks.run("rollout_is_policy", checks.sampler_is_policy, *compared, quiet=True)
         reference, _ = self._in_parts("reference", ids, attention, width)
-        texts = [self.answer_text(answer[own.bool()].tolist()) for answer, own in zip(answers, mask, strict=True)]
+        texts = self.answer_texts(answers, mask)
         judged = self.judge(inputs["rows"], texts)
         scores = self.weigh(judged, len(ids)) + self._model_scores(
             inputs["rows"], ids, attention, texts, mask, stopped

@@ -44,6 +44,11 @@ def fit_prompt(chat: Chat, record: Prompt, max_prompt_length: int) -> tuple[list
     return None
 
 
+def last_question(messages: list[dict]) -> str:
+    """The last user's words, which is what reward functions are shown."""
+    return next(message["content"] for message in reversed(messages) if message["role"] == "user")
+
+
 def tokenize_prompts(rows, ledger, chat: Chat, max_prompt_length: int, num_workers: int | None, description: str):
     """Tokenise rows into the columns of a dataset of prompts, and close their ledger.
 
@@ -68,12 +73,9 @@ def tokenize_prompts(rows, ledger, chat: Chat, max_prompt_length: int, num_worke
     ledger.used = ledger.samples = len(kept)
     ledger.tokens["used"] = sum(len(ids) for _, ids, _ in kept)
     ledger.close()
-    asked = [
-        next(message["content"] for message in reversed(shown) if message["role"] == "user") for _, _, shown in kept
-    ]
     columns = {
         "prompt_ids": [ids for _, ids, _ in kept],
-        "prompt": asked,
+        "prompt": [last_question(shown) for _, _, shown in kept],
         "reference": [record.reference for record, _, _ in kept],
         "conversation": [
             json.dumps({"messages": shown, "tools": record.tools}, ensure_ascii=False) for record, _, shown in kept

@@ -17,6 +17,8 @@ from math import isfinite, nan
 from numbers import Real
 from pathlib import Path
 
+from eval_metrics import longest_common_subsequence
+
 RELATIVE_TOLERANCE = 0.01  # of a number that must be right
 NO_UNIT_SCORE = 0.5  # the number is right, its unit is missing and nobody said which one was asked for
 BUDGET_TOKENS = 1024  # of a whole completion, thinking included; see judge_length
@@ -462,6 +464,16 @@ def judge_accuracy(completion: str, reference: str, prompt: str) -> Judgement:
     return Judgement(rouge_l(words, WORD.findall(reference.lower())), True) if words else UNREAD
 
 
+def is_checkable(reference: str, prompt: str) -> bool:
+    """Whether a reference is option letters, yes or no, or a number: something an answer is right or wrong about."""
+    reference = plain(reference)
+    return bool(
+        reference_letters(reference, list_options(plain(prompt)))
+        or POLARITY.get(reference.casefold().strip(" .。"))
+        or QUANTITY.fullmatch(reference.lstrip("约≈~ "))
+    )
+
+
 def judge_equal(given: object | None, expected: object) -> Judgement:
     """1 where the same, 0 where not, UNREAD where nothing was given."""
     return UNREAD if given is None else Judgement(float(given == expected), True)
@@ -471,18 +483,6 @@ def rouge_l(candidate: list[str], reference: list[str]) -> float:
     """F1 of the longest common subsequence (ROUGE-L, Lin 2004), over Chinese characters and words of other scripts."""
     common = longest_common_subsequence(candidate[:MAX_ROUGE_TOKENS], reference[:MAX_ROUGE_TOKENS])
     return 2 * common / (len(candidate) + len(reference)) if common else 0.0
-
-
-def longest_common_subsequence(a: list[str], b: list[str]) -> int:
-    """Length by Hyyrö's bit-parallel recurrence (2004): a whole row of the table is one integer."""
-    places = {}
-    for index, word in enumerate(a):
-        places[word] = places.get(word, 0) | 1 << index
-    full = row = (1 << len(a)) - 1
-    for word in b:
-        matches = row & places.get(word, 0)
-        row = ((row + matches) | (row - matches)) & full
-    return len(a) - row.bit_count()
 
 
 def judge_format(completion: str, reference: str, prompt: str) -> Judgement:
@@ -589,11 +589,20 @@ REWARDS: dict[str, Callable[[str, str, str], Judgement]] = {
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward with its weight in the sum."""
+    """A reward with its weight in the sum.
+
+    Attributes:
+        name: as --reward_functions gives it.
+        label: what logs and files call it; of path/to/file.py:function the function.
+    """
 
     name: str
     weight: float
     judge_all: Callable[[list, list, list], list[Judgement]]
+
+    @property
+    def label(self) -> str:
+        return self.name.rpartition(":")[2]
 
     def score_all(self, prompts: list, completions: list[str], references: list[str]) -> list[Judgement]:
         """Judge one batch; the three lists belong together item by item."""
@@ -619,7 +628,11 @@ def load_rewards(names: str | None, weights: str | None = None) -> list[Reward]:
     if len(set(items)) < len(items):
         raise ValueError(f"--reward_functions {names!r} names a reward twice; give it a weight instead")
     numbers = read_weights(weights, items)
-    return [Reward(name, weight, find_reward(name)) for name, weight in zip(items, numbers, strict=True)]
+    rewards = [Reward(name, weight, find_reward(name)) for name, weight in zip(items, numbers, strict=True)]
+    labels = [reward.label for reward in rewards]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"--reward_functions {names!r}: two functions have one name; logs could not tell them apart")
+    return rewards
 
 
 def read_weights(weights: str | None, items: list[str]) -> list[float]:

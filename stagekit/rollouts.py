@@ -19,7 +19,7 @@ from stagekit.trainers import StageMixin
 logger = logging.getLogger(__name__)
 
 SAMPLES_FILE = "samples.jsonl"
-PROBE_PROMPTS, PROBE_TOKENS = 2, 16  # of the check that the sampler is the policy
+PROBE_TOKENS = 16  # of the check that the sampler is the policy
 
 
 class PromptCollator:
@@ -167,8 +167,9 @@ class RolloutMixin(StageMixin):
     @torch.no_grad()
     def check_sampler(self, model) -> None:
         """Check that generate(), with its cache and padding, uses the probabilities that training computes."""
-        rows = sorted(self.train_dataset.select(range(min(8, len(self.train_dataset)))), key=lambda row: -row_len(row))
-        batch = PromptCollator(self.processing_class.pad_token_id)([rows[0], rows[-1]][:PROBE_PROMPTS])
+        rows = list(self.train_dataset.select(range(min(8, len(self.train_dataset)))))
+        rows.sort(key=lambda row: len(row["prompt_ids"]))
+        batch = PromptCollator(self.processing_class.pad_token_id)([rows[0], rows[-1]])  # one is padded
         ids, attention = (batch[name].to(self.args.device) for name in ("input_ids", "attention_mask"))
         more = {"max_new_tokens": PROBE_TOKENS, "output_logits": True, "return_dict_in_generate": True}
         config = self.generation_settings(greedy=True, **more)
@@ -180,6 +181,21 @@ class RolloutMixin(StageMixin):
         sampled = logits.log_softmax(dim=-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
         trained = self.policy_logps(out.sequences, torch.cat([attention, mask], dim=1), answers.shape[1])
         self.run.checks.run("sampler_is_policy", checks.sampler_is_policy, model, sampled, trained, mask)
+
+    def trim_answers(self, answers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cut a batch of answers to its longest one, with padding behind every end.
+
+        Returns:
+            (answers, mask, stopped): see mask_answers.
+        """
+        mask, stopped = mask_answers(answers, self.chat.stop_ids)
+        width = int(mask.sum(dim=1).max())
+        answers, mask = answers[:, :width], mask[:, :width]
+        return torch.where(mask.bool(), answers, self.processing_class.pad_token_id), mask, stopped
+
+    def answer_texts(self, answers: torch.Tensor, mask: torch.Tensor) -> list[str]:
+        """Answers as their reader sees them."""
+        return [self.answer_text(row[own.bool()].tolist()) for row, own in zip(answers, mask, strict=True)]
 
     def answer_text(self, ids: list[int]) -> str:
         """An answer as its reader sees it."""
@@ -203,17 +219,16 @@ class RolloutMixin(StageMixin):
         found = {}
         for reward in self.rewards:
             judged = reward.score_all(prompts, texts, references)
-            name = reward.name.rpartition(":")[2]
-            found[f"reward/{name}"] = torch.tensor([item.score for item in judged], device=self.args.device)
+            found[f"reward/{reward.label}"] = torch.tensor([item.score for item in judged], device=self.args.device)
             unread = [float(not item.parsed) for item in judged]
-            found[f"unread/{name}"] = torch.tensor(unread, device=self.args.device)
+            found[f"unread/{reward.label}"] = torch.tensor(unread, device=self.args.device)
         return found
 
     def weigh(self, found: dict[str, torch.Tensor], num_rows: int) -> torch.Tensor:
         """Weighted sum of what judge() found, (rows,)."""
         total = torch.zeros(num_rows, device=self.args.device)
         for reward in self.rewards:
-            total = total + reward.weight * found[f"reward/{reward.name.rpartition(':')[2]}"]
+            total = total + reward.weight * found[f"reward/{reward.label}"]
         return total
 
     # -- held-out prompts --
@@ -258,8 +273,3 @@ class RolloutMixin(StageMixin):
             with open(Path(self.args.output_dir, SAMPLES_FILE), "a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in self.samples)
             self.samples = []
-
-
-def row_len(row: dict) -> int:
-    """Tokens of a row's prompt."""
-    return len(row["prompt_ids"])

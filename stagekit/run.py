@@ -37,6 +37,7 @@ from stagekit.checkpoint import (
 )
 from stagekit.curves import draw_curves
 from stagekit.formats import Conversation
+from stagekit.held_out import METRICS, choose_questions, describe_answers
 from stagekit.modeling import (
     fetch_from_modelscope,
     generation_settings,
@@ -45,12 +46,13 @@ from stagekit.modeling import (
     stretched_positions,
 )
 from stagekit.pairs import encode_preference, tokenize_pairs
+from stagekit.prompts import accept_prompt, tokenize_prompts
 from stagekit.tokenization import Probe, Sample, preview
 from stagekit.trainers import StageMixin
 
 logger = logging.getLogger(__name__)
 
-DATA_VERSION = 3  # of what tokenisation yields; raise it when that changes, so that old caches are not read
+DATA_VERSION = 4  # of what tokenisation yields; raise it when that changes, so that old caches are not read
 
 
 @dataclass
@@ -69,6 +71,10 @@ class Run:
     tuning: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
     train_hashes: np.ndarray | None = None
+    num_questions: int | None = None  # asked whenever the model is measured; None: this stage answers none
+    question_tokens: int = 0
+    answer_tokens: int = 0
+    questions: list[dict] = field(default_factory=list)
     predicted_bytes: int | None = None
     bytes_before: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -181,6 +187,9 @@ def load_data(run: Run, data_args, accept, tokenize, tokenizer, *settings):
             "train_hashes": data.prompt_hashes(splits.train).tolist(),
             "held_out": [(data.prompt_hash(row.record), row.origin) for row in splits.validation],
             "probes": [dataclasses.asdict(probe) for probe in probes],
+            "questions": []
+            if run.num_questions is None
+            else choose_questions(splits.validation, run.chat, run.question_tokens, seed),
         }
         return columns, meta
 
@@ -194,7 +203,39 @@ def load_data(run: Run, data_args, accept, tokenize, tokenizer, *settings):
     held_out = [tuple(item) for item in meta["held_out"]]
     parent, limit = run.source.directory, data_args.max_leaked_percentage
     run.checks.run("leakage", checks.leakage, run.train_hashes, held_out, parent, limit)
+    run.questions = take_questions(meta["questions"], run.num_questions or 0)
     return datasets, [_probe(stored) for stored in meta["probes"]]
+
+
+def plan_questions(run: Run, answer_args, question_tokens: int, answer_tokens: int) -> None:
+    """Note how many held-out questions the model answers whenever it is measured, before the data is loaded.
+
+    Args:
+        run: what start_run returned.
+        answer_args: AnswerArguments.
+        question_tokens, answer_tokens: most that prompt and answer may have.
+
+    Raises:
+        ValueError: a checkpoint is to be chosen by answers that nobody asks for.
+    """
+    best, num_questions = run.training_args.metric_for_best_model or "", answer_args.eval_generation_samples
+    if best.removeprefix("eval_") in METRICS and not num_questions:
+        raise ValueError(f"--metric_for_best_model {best} needs --eval_generation_samples, e.g. 50")
+    run.num_questions, run.question_tokens = num_questions, question_tokens
+    run.answer_tokens = min(answer_args.eval_max_new_tokens, answer_tokens)
+
+
+def take_questions(questions: list[dict], count: int) -> list[dict]:
+    """The first of the held-out questions that data.load_data chose.
+
+    Raises:
+        ValueError: there are none with an answer.
+    """
+    if count and not questions:
+        raise ValueError("--eval_generation_samples: no held-out row has a question and an answer to compare with")
+    if len(questions) < count:
+        logger.warning("--eval_generation_samples %d: the held-out data has %d with an answer", count, len(questions))
+    return questions[:count]
 
 
 def load_pairs(run: Run, data_args, chat, max_length: int, whole_answers: bool):
@@ -216,6 +257,21 @@ def load_pairs(run: Run, data_args, chat, max_length: int, whole_answers: bool):
     run.checks.run("template_parity", checks.template_parity, chat, probes)
     run.checks.run("no_forged_turns", checks.no_forged_turns, chat)
     return datasets, probes
+
+
+def load_prompts(run: Run, data_args, max_prompt_length: int):
+    """load_data for prompts that a policy answers itself.
+
+    Returns:
+        Datasets with the columns of prompts.tokenize_prompts.
+    """
+
+    def tokenize(rows, ledger, **progress):
+        return tokenize_prompts(rows, ledger, run.chat, max_prompt_length, **progress)
+
+    datasets, _ = load_data(run, data_args, accept_prompt, tokenize, run.chat.tokenizer, max_prompt_length)
+    run.checks.run("no_forged_turns", checks.no_forged_turns, run.chat)
+    return datasets
 
 
 def print_preview(chat, probes: list[Probe], count: int) -> None:
@@ -242,7 +298,14 @@ def show_data(run: Run, meta: dict) -> None:
 
 
 def check_memory(
-    run: Run, config, model_args, lora_args, max_tokens: int, reference_model: bool = False, scores: bool = False
+    run: Run,
+    config,
+    model_args,
+    lora_args,
+    max_tokens: int,
+    reference_model: bool = False,
+    scores: bool = False,
+    trained_models: int = 1,
 ) -> None:
     """Predict the peak before anything large is loaded; stop when it cannot fit.
 
@@ -251,6 +314,7 @@ def check_memory(
         max_tokens: tokens of the longest row of a batch, both answers of a pair counted.
         reference_model: a frozen copy of all the weights is held beside the trained ones.
         scores: the model scores sequences, so that there are no logits of a vocabulary.
+        trained_models: models of this size that are trained, one at a time (PPO of all weights has a critic).
 
     Raises:
         CheckError: the prediction is more than there is.
@@ -262,9 +326,11 @@ def check_memory(
         config, model_class(config), model_args, lora_args, run.training_args, max_tokens
     )
     if scores:
-        parts = {**parts, "total": parts["total"] - parts["logits"], "logits": 0}
-    if reference_model:
-        parts = {**parts, "total": parts["total"] + parts["weights"], "weights": 2 * parts["weights"]}
+        parts = {**parts, "logits": 0}
+    held = {name: trained_models * parts[name] for name in ("weights", "gradients", "optimizer")}
+    held["weights"] += parts["weights"] * reference_model
+    parts = {**parts, **held}
+    parts["total"] = sum(size for name, size in parts.items() if name != "total")
     use_cpu = run.training_args.use_cpu
     available = memory.available_bytes(use_cpu)
     run.predicted_bytes, run.bytes_before = parts["total"], memory.used_bytes(use_cpu, peak=False)
@@ -481,3 +547,5 @@ def _print_metrics(trainer, metrics):
     for when, values in metrics.items():
         if values:
             logger.info("held-out %s training: %s", when, trainer.describe(values))
+            if trainer.run.questions and "rouge_l" in values:
+                logger.info("held-out %s training: %s", when, describe_answers(values))

@@ -37,33 +37,43 @@ class RewardModel:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
 
 
-def find_reward_model(path: str) -> Source:
+def find_reward_model(path: str, verify: bool = True) -> Source:
     """Find what --reward_model_path names, before anything is loaded.
+
+    Args:
+        path: the directory.
+        verify: recompute its fingerprints (reads every file once).
 
     Raises:
         ValueError: it is not there, or writes answers.
     """
     if not os.path.isdir(path):
         raise ValueError(f"--reward_model_path {path}: no such directory; sh scripts/run_rm.sh trains a reward model")
-    source = resolve(path)
+    source = resolve(path, verify=verify)
     if not is_reward_model(source, load_config(source, ModelArguments(model_name_or_path=path), scores=True)):
         raise ValueError(f"--reward_model_path {path} is no reward model (it writes answers)")
     return source
 
 
-def load_reward_model(directory: str, only_cpu: bool = False) -> RewardModel:
+def load_reward_model(directory: str | Source, only_cpu: bool = False) -> RewardModel:
     """Load what reward_modeling.py wrote: base, adapter with its score head, tokenizer and template.
+
+    Args:
+        directory: the directory, or what find_reward_model found there.
+        only_cpu: use no accelerator even if there is one.
 
     Raises:
         ValueError: not a reward model, or its files were changed.
         FileNotFoundError: no such directory.
     """
-    source = resolve(directory)
+    source = directory if isinstance(directory, Source) else resolve(directory)
     device, dtype = inference_device(only_cpu)
-    model_args = ModelArguments(model_name_or_path=directory, dtype=dtype)
+    model_args = ModelArguments(model_name_or_path=source.adapter or source.base, dtype=dtype)
     config = load_config(source, model_args, scores=True)
     if not is_reward_model(source, config):
-        raise ValueError(f"{directory} is no reward model (it writes answers); reward_modeling.py trains one")
+        raise ValueError(
+            f"{source.adapter or source.base} is no reward model (it writes answers); reward_modeling.py trains one"
+        )
     tokenizer = load_tokenizer(source, model_args)
     chat = prepare_chat(tokenizer, None)
     pad_token_id = padding_id(tokenizer, chat.stop_ids)

@@ -16,6 +16,8 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from stagekit import checks
 from stagekit.checkpoint import SAVING, mark_complete
+from stagekit.held_out import measure_answers
+from stagekit.modeling import changed_tensors
 from stagekit.tokenization import IGNORE_INDEX
 
 CHUNK_TOKENS = 1024  # tokens whose logits are held in fp32 at a time
@@ -116,6 +118,14 @@ class StageMixin:
         self.staging: str | None = None
         self.add_callback(FirstStep(self))
 
+    @contextlib.contextmanager
+    def policy_to_sample(self):
+        """The model, ready for generate(): unwrapped, and under ZeRO-3 with its weights in one place."""
+        from trl.models.utils import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            yield model
+
     def report(self, output_dir: Path) -> dict:
         """Write more about the held-out rows beside the checkpoint; return what stage.json should hold of it."""
         return {}
@@ -166,7 +176,10 @@ class StageMixin:
     def _summarize(self, prediction):
         self.rows = dict(zip(self.measured, np.asarray(prediction.predictions, dtype=np.float64).T, strict=True))
         self.row_weights = np.asarray(prediction.label_ids, dtype=np.float64)
-        return self.held_out_metrics(self.rows, self.row_weights)
+        found = self.held_out_metrics(self.rows, self.row_weights)
+        if self.run.questions:
+            found.update(measure_answers(self, self.run.questions, self.run.answer_tokens))
+        return found
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Before the first step, check what needs the model as it will be trained, on the batch it will see."""
@@ -274,6 +287,21 @@ class LanguageTrainer(StageMixin, Trainer):
         samples = [row["input_ids"][: min(96, row["lengths"][0])] for row in rows]
         samples = samples if len(samples) > 1 else samples * 2
         self.run.checks.run("packing_is_exact", checks.packing_is_exact, model, self.data_collator, samples)
+
+
+class ReferenceMixin(StageMixin):
+    """A trainer of a policy whose reference, if it is an adapter, is the adapter "ref" beside the policy's."""
+
+    def compare_reference(self) -> tuple[list[str], int]:
+        """(names of the reference adapter's tensors that differ from the parent's file, number of those compared)."""
+        has_copy = isinstance(self.model, PeftModel) and "ref" in self.model.peft_config
+        return changed_tensors(self.model, "ref", self.run.source.adapter) if has_copy else ([], 0)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The reference is the parent's adapter, which has its own directory: a stage holds one adapter."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            shutil.rmtree(Path(output_dir or self.args.output_dir, "ref"), ignore_errors=True)
 
 
 class PairMixin(StageMixin):

@@ -310,6 +310,8 @@ def test_a_wrong_json_file_of_arguments_is_named(tmp_path, content, message):
     assert str(error.value).startswith(f"{tmp_path}/{message}")
 
 
+ASKED = ["answers to held-out questions"]
+
 # -- help ------------------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +319,7 @@ def test_a_wrong_json_file_of_arguments_is_named(tmp_path, content, message):
     ("stage", "groups"),
     [
         ("pretraining", ["model", "data", "adapter", "pretraining", "run", "training"]),
-        ("supervised_finetuning", ["model", "data", "prompt", "adapter", "fine-tuning", "run", "training"]),
+        ("supervised_finetuning", ["model", "data", "prompt", "adapter", "fine-tuning", *ASKED, "run", "training"]),
     ],
 )
 def test_help_groups_the_flags_and_loads_no_model(tmp_path, stage, groups):

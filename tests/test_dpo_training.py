@@ -307,6 +307,7 @@ def test_the_split_of_a_batch_does_not_matter(data, sft, tmp_path, flags):
 
 # -- the script ------------------------------------------------------------------------------------------------------
 
+ASKED = ("--eval_generation_samples", "3", "--eval_max_new_tokens", "8")
 FOUR_STEPS = (
     "--max_steps",
     "4",
@@ -323,7 +324,7 @@ FOUR_STEPS = (
 def one_process(data, sft, tmp_path_factory):
     """The run the others are compared with, as a user starts it: a global batch of four pairs."""
     output_dir = tmp_path_factory.mktemp("one") / "dpo"
-    flags = dpo_flags(data, sft, output_dir, *COMMON, *FOUR_STEPS, "--gradient_accumulation_steps", "2")
+    flags = dpo_flags(data, sft, output_dir, *COMMON, *FOUR_STEPS, "--gradient_accumulation_steps", "2", *ASKED)
     run_script("dpo_training.py", *flags)
     return output_dir
 
@@ -336,6 +337,7 @@ def test_a_run_starts_at_ln_2_and_the_margin_rises(one_process):
     assert before["loss"] == pytest.approx(LN2, abs=1e-7)
     assert log_of(one_process)[0] == pytest.approx(LN2, abs=1e-6)
     assert after["rewards/margins"] > 0.01 and after["loss"] < LN2 and after["rewards/accuracies"] == 1.0
+    assert 0 < after["answer_tokens"] <= 8 and after.keys() >= {"bleu4", "rouge_l", "stop_rate"}
 
 
 def test_all_checks_passed(one_process):
@@ -418,7 +420,7 @@ def interrupt(finished, target, checkpoint):
 
 def test_a_resumed_run_is_exact_and_keeps_the_parent_as_reference(one_process, data, sft, tmp_path):
     interrupt(one_process, tmp_path / "dpo", "checkpoint-2")
-    flags = (*FOUR_STEPS, "--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "True")
+    flags = (*FOUR_STEPS, "--gradient_accumulation_steps", "2", *ASKED, "--resume_from_checkpoint", "True")
     trainer = train(dpo_training, *dpo_flags(data, sft, tmp_path / "dpo", *flags))
     assert log_of(tmp_path / "dpo") == log_of(one_process)
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "dpo", one_process))
@@ -638,7 +640,7 @@ def test_a_changed_reference_of_a_resumed_run_is_caught(one_process, data, sft, 
     copy = dpo_training.copy_adapter
     monkeypatch.setattr(dpo_training, "copy_adapter", lambda *args: (copy(*args), nudge(args[0])))
     interrupt(one_process, tmp_path / "dpo", "checkpoint-2")
-    flags = (*FOUR_STEPS, "--gradient_accumulation_steps", "2", "--resume_from_checkpoint", "True")
+    flags = (*FOUR_STEPS, "--gradient_accumulation_steps", "2", *ASKED, "--resume_from_checkpoint", "True")
     error = refused(dpo_training, capsys, *dpo_flags(data, sft, tmp_path / "dpo", *flags))
     assert "1 tensors of the reference are not those of the parent stage" in error
 

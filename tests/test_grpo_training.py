@@ -67,7 +67,7 @@ def grpo(chain, output_dir, *flags, model=None, **how):
 def test_accuracy_rises_on_sums(chain, tmp_path):
     """From about one answer in three; compared are the first and the last 1,280 sampled answers."""
     flags = ("--do_eval", "--max_steps", "120", "--per_device_train_batch_size", "64", "--num_generations", "8")
-    grpo(chain, tmp_path / "grpo", *flags, "--logging_steps", "20")
+    grpo(chain, tmp_path / "grpo", *flags, "--logging_steps", "20", "--eval_generation_samples", "25")
     rewards = log_of(tmp_path / "grpo", "reward")
     first, last = rewards[0], rewards[-1]
     error = math.sqrt((first * (1 - first) + last * (1 - last)) / 1280)
@@ -75,6 +75,9 @@ def test_accuracy_rises_on_sums(chain, tmp_path):
     metrics = stage_of(tmp_path / "grpo")["metrics"]
     assert metrics["before"]["prompts"] == 25 and metrics["before"]["reward/accuracy"] == metrics["before"]["score"]
     assert metrics["after"]["score"] > metrics["before"]["score"]
+    for measured in metrics.values():  # the same questions, asked by the two ways that there are
+        assert measured["accuracy"] == pytest.approx(measured["reward/accuracy"])
+        assert measured["answer_tokens"] == pytest.approx(measured["length"])
 
 
 def test_a_run_proves_itself_and_leaves_a_policy_that_goes_on(chain, tmp_path):

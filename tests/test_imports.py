@@ -26,10 +26,13 @@ MAY_IMPORT = {
     "stagekit.tokenization": {"stagekit.formats", "stagekit.modeling", "template"},
     "stagekit.pairs": {"stagekit.formats", "stagekit.tokenization"},
     "stagekit.pair_metrics": set(),
-    "stagekit.rewards": set(),
+    "stagekit.rewards": {"eval_metrics"},
     "stagekit.checks": {"stagekit.data", "stagekit.tokenization"},
     "stagekit.generation": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.tokenization"),
+    },
+    "stagekit.held_out": {
+        *("eval_metrics", "stagekit.generation", "stagekit.prompts", "stagekit.rewards", "stagekit.tokenization"),
     },
     "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
     "stagekit.rollouts": {"stagekit.checks", "stagekit.rewards", "stagekit.trainers"},
@@ -40,10 +43,14 @@ MAY_IMPORT = {
     "stagekit.scoring": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization"),
     },
-    "stagekit.trainers": {"stagekit.checkpoint", "stagekit.checks", "stagekit.tokenization"},
+    "stagekit.trainers": {
+        *("stagekit.checkpoint", "stagekit.checks", "stagekit.held_out", "stagekit.modeling", "stagekit.tokenization"),
+    },
     "stagekit.run": {
         *("stagekit.checkpoint", "stagekit.checks", "stagekit.curves", "stagekit.data", "stagekit.formats"),
-        *("stagekit.memory", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization", "stagekit.trainers"),
+        "stagekit.held_out",
+        *("stagekit.memory", "stagekit.modeling", "stagekit.pairs", "stagekit.prompts", "stagekit.tokenization"),
+        "stagekit.trainers",
     },
 }
 

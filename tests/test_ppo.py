@@ -167,6 +167,7 @@ def settings(chain, model=None):
     return (
         *("--model_name_or_path", model or chain / "sft", "--train_file_dir", chain / "talks.jsonl"),
         *("--do_train", "--do_eval", "--max_completion_length", "8", "--per_device_train_batch_size", "4"),
+        *("--eval_generation_samples", "3"),
         *("--logging_steps", "1", "--learning_rate", "1e-3", "--report_to", "none", "--max_leaked_percentage", "100"),
     )
 
@@ -318,6 +319,7 @@ def test_a_run_proves_itself_and_leaves_a_policy_that_goes_on(chain, tmp_path):
     }
     assert wanted <= set(stage["checks"]) and all(check["passed"] for check in stage["checks"].values())
     assert stage["parent"]["stage"] == "sft" and stage["metrics"]["before"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 0 < stage["metrics"]["after"]["answer_tokens"] <= 8 and "rouge_l" in stage["metrics"]["before"]
     ratios = log_of(tmp_path / "ppo", "ratio")
     assert ratios[0] == 1 and len(ratios) == 8
     assert {"score", "kl", "entropy", "explained_variance"} <= set(

@@ -7,7 +7,8 @@ import types
 
 import pytest
 
-from stagekit.rewards import BUDGET_TOKENS, REWARDS, Judgement, list_options, load_rewards, longest_common_subsequence
+from eval_metrics import longest_common_subsequence
+from stagekit.rewards import BUDGET_TOKENS, REWARDS, Judgement, list_options, load_rewards
 
 ENGLISH = (
     "A 60-year-old man has chest pain. Which drug is given first?\nA. Warfarin\nB. Aspirin\nC. Ibuprofen\n"

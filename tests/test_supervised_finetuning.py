@@ -12,6 +12,7 @@ from conftest import ROOT, conversations, kill_at, log_of, run_script, stage_of,
 from safetensors.torch import load_file
 
 COMMON = ("--do_train", "--do_eval", "--max_length", "128", "--learning_rate", "1e-3", "--logging_steps", "1")
+ASKED = ("--eval_generation_samples", "6", "--eval_max_new_tokens", "8")  # all held-out questions
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def finetune(data, model, output_dir, *flags, **kwargs):
 def one_process(data, tiny_qwen3, tmp_path_factory):
     """The run the others are compared with: a global batch of four rows, without dropout."""
     output_dir = tmp_path_factory.mktemp("one") / "sft"
-    flags = ("--lora_dropout", "0", "--max_steps", "4")
+    flags = ("--lora_dropout", "0", "--max_steps", "4", *ASKED)
     finetune(
         data, tiny_qwen3, output_dir, *flags, "--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"
     )
@@ -94,11 +95,13 @@ def test_held_out_loss_falls_and_is_the_mean_over_all_tokens(one_process, data, 
     "deepspeed", [None, "scripts/zero2.json", "scripts/zero3.json"], ids=["torchrun", "zero2", "zero3"]
 )
 def test_two_processes_train_as_one_with_twice_the_accumulation(one_process, data, tiny_qwen3, tmp_path, deepspeed):
-    flags = ["--lora_dropout", "0", "--max_steps", "4", "--per_device_train_batch_size", "2"]
+    flags = ["--lora_dropout", "0", "--max_steps", "4", "--per_device_train_batch_size", "2", *ASKED]
     flags += ["--deepspeed", ROOT / deepspeed] if deepspeed else []
     finetune(data, tiny_qwen3, tmp_path / "sft", *flags, processes=2)
     assert log_of(tmp_path / "sft") == pytest.approx(log_of(one_process), rel=1e-5)
     assert log_of(tmp_path / "sft", "grad_norm") == pytest.approx(log_of(one_process, "grad_norm"), rel=1e-3)
+    for name in ("eval_bleu4", "eval_rouge_l", "eval_stop_rate", "eval_answer_tokens"):
+        assert log_of(tmp_path / "sft", name) == pytest.approx(log_of(one_process, name))
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "sft", one_process))
     assert set(ours) == set(theirs) and all(tensor.numel() for tensor in ours.values())
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 2e-5
