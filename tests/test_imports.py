@@ -15,11 +15,15 @@ MAY_IMPORT = {
     "eval_metrics": set(),
     "stagekit": set(),
     "stagekit.arguments": {"template"},
+    "stagekit.documents": set(),
+    "stagekit.embedding": set(),
+    "stagekit.extraction": {"stagekit.documents"},
     "stagekit.formats": set(),
     "stagekit.data": {"stagekit.formats"},
     "stagekit.checkpoint": set(),
     "stagekit.commandline": set(),
     "stagekit.journal": set(),
+    "stagekit.grounding": {"stagekit.documents", "stagekit.retrieval"},
     "stagekit.memory": set(),
     "stagekit.curves": set(),
     "stagekit.modeling": {"stagekit.checkpoint", "stagekit.memory", "template"},
@@ -35,6 +39,9 @@ MAY_IMPORT = {
         *("eval_metrics", "stagekit.generation", "stagekit.prompts", "stagekit.rewards", "stagekit.tokenization"),
     },
     "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
+    "stagekit.retrieval": {
+        *("stagekit.documents", "stagekit.embedding", "stagekit.extraction", "stagekit.words"),
+    },
     "stagekit.rollouts": {"stagekit.checks", "stagekit.rewards", "stagekit.trainers"},
     "stagekit.ppo": {
         *("stagekit.checkpoint", "stagekit.checks", "stagekit.memory", "stagekit.modeling", "stagekit.rollouts"),
@@ -52,6 +59,7 @@ MAY_IMPORT = {
         *("stagekit.memory", "stagekit.modeling", "stagekit.pairs", "stagekit.prompts", "stagekit.tokenization"),
         "stagekit.trainers",
     },
+    "stagekit.words": set(),
 }
 
 
