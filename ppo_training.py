@@ -197,7 +197,7 @@ def main():
     check_memory(run, config, model_args, lora_args, longest, **more)
     reward_model = None
     if reward and (full or not shares_base(reward, run.source)):
-        why = "all weights are trained" if full else "it is no adapter on the policy's base"
+        why = "all weights are trained" if full else "another base"
         reward_model = load_beside(reward, why, longest, training_args)
     model = load_model(run.source, model_args, training_args, config)
     model, run.tuning = add_adapter(model, run.source, lora_args, training_args)
