@@ -65,7 +65,7 @@ def check_flags(args: argparse.Namespace, parser: Parser, positive: tuple[str, .
     for name in positive:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)} must be above 0")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
+    if getattr(args, "top_p", None) is not None and not 0 < args.top_p <= 1:
         parser.error(f"--top_p {args.top_p} must be above 0 and at most 1")
     for first, second in (("only_cpu", "gpus"), ("load_in_4bit", "load_in_8bit")):
         if getattr(args, first) and getattr(args, second):

@@ -100,8 +100,12 @@ class Splits:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-def find_files(paths: str) -> list[Path]:
+def find_files(paths: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """List the data files named by a comma-separated list of files and directories, in sorted order.
+
+    Args:
+        paths: names, separated by commas.
+        suffixes: of the files to take from directories.
 
     Raises:
         FileNotFoundError: a path does not exist, or a directory holds no data file.
@@ -114,26 +118,31 @@ def find_files(paths: str) -> list[Path]:
             continue
         if not path.is_dir():
             raise FileNotFoundError(f"{name}: no such file or directory (looked from {Path.cwd()})")
-        found = sorted(file for file in path.rglob("*") if has_data_suffix(file.relative_to(path)) and file.is_file())
-        others = sorted(
-            file.name for file in path.rglob("*") if file.name.endswith((".csv", ".tsv", ".parquet", ".zip"))
+        found = sorted(
+            file for file in path.rglob("*") if has_data_suffix(file.relative_to(path), suffixes) and file.is_file()
         )
+        unread = tuple({".csv", ".tsv", ".parquet", ".zip"}.difference(suffixes))
+        others = sorted(file.name for file in path.rglob("*") if file.name.endswith(unread))
         if others:
             logger.warning(
                 "%s: %d file(s) are not read, e.g. %s: convert them to .jsonl", name, len(others), others[0]
             )
         if not found:
             raise FileNotFoundError(
-                f"{name}: no data in this directory; expected files ending in {', '.join(SUFFIXES)}"
+                f"{name}: no data in this directory; expected files ending in {', '.join(suffixes)}"
             )
         files += found
     return list(dict.fromkeys(files))
 
 
-def has_data_suffix(path: Path) -> bool:
+def has_data_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
     """True for data files, gzipped or not, that are not hidden and stand in no hidden directory."""
-    name = path.name.removesuffix(".gz")
-    return name.endswith(SUFFIXES) and not any(part.startswith(".") for part in path.parts)
+    return file_name(path).endswith(suffixes) and not any(part.startswith(".") for part in path.parts)
+
+
+def file_name(path: Path) -> str:
+    """The name that says what is in a file: without .gz."""
+    return path.name.removesuffix(".gz")
 
 
 def read_text(path: Path) -> str:

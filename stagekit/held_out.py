@@ -75,7 +75,7 @@ def measure_answers(trainer, questions: list[dict], max_new_tokens: int) -> dict
     checkable = [place for place, item in enumerate(questions) if is_checkable(item["reference"], item["question"])]
     if checkable:
         judged = (judge_accuracy(texts[at], references[at], questions[at]["question"]).score for at in checkable)
-        found["accuracy"] = sum(judged) / len(checkable)
+        found["accuracy"] = sum(score == 1 for score in judged) / len(checkable)  # a number needs its unit
     found["stop_rate"] = sum(answer.finish_reason == "stop" for answer in answers) / len(answers)
     found["answer_tokens"] = sum(answer.num_tokens for answer in answers) / len(answers)
     if trainer.is_world_process_zero():

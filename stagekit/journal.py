@@ -71,5 +71,9 @@ class Journal:
     def finish(self, target: str) -> None:
         """Write all rows, in the order of their indices, to the target, and remove the journal."""
         write_lines(target, [self.rows[index] for index in sorted(self.rows)])
+        self.remove()
+
+    def remove(self) -> None:
+        """Remove the journal, when what its rows say stands elsewhere."""
         self.file.close()
         self.path.unlink()

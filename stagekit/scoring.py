@@ -37,21 +37,22 @@ class RewardModel:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
 
 
-def find_reward_model(path: str, verify: bool = True) -> Source:
+def find_reward_model(path: str, verify: bool = True, flag: str = "--reward_model_path") -> Source:
     """Find what --reward_model_path names, before anything is loaded.
 
     Args:
         path: the directory.
         verify: recompute its fingerprints (reads every file once).
+        flag: that named it, for the message.
 
     Raises:
         ValueError: it is not there, or writes answers.
     """
     if not os.path.isdir(path):
-        raise ValueError(f"--reward_model_path {path}: no such directory; sh scripts/run_rm.sh trains a reward model")
+        raise ValueError(f"{flag} {path}: no such directory; sh scripts/run_rm.sh trains a reward model")
     source = resolve(path, verify=verify)
     if not is_reward_model(source, load_config(source, ModelArguments(model_name_or_path=path), scores=True)):
-        raise ValueError(f"--reward_model_path {path} is no reward model (it writes answers)")
+        raise ValueError(f"{flag} {path} is no reward model (it writes answers)")
     return source
 
 

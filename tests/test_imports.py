@@ -26,6 +26,22 @@ MAY_IMPORT = {
     "stagekit.grounding": {"stagekit.documents", "stagekit.retrieval"},
     "stagekit.memory": set(),
     "stagekit.curves": set(),
+    "stagekit.choices": {"stagekit.formats", "stagekit.rewards"},
+    "stagekit.benchmarks": {"stagekit.choices", "stagekit.data", "stagekit.formats", "stagekit.prompts"},
+    "stagekit.verdicts": {
+        *("eval_metrics", "stagekit.benchmarks", "stagekit.choices", "stagekit.formats", "stagekit.pair_metrics"),
+        *("stagekit.prompts", "stagekit.rewards"),
+    },
+    "stagekit.likelihood": {
+        *("stagekit.formats", "stagekit.generation", "stagekit.tokenization", "stagekit.trainers"),
+    },
+    "stagekit.measuring": {
+        *("stagekit.benchmarks", "stagekit.choices", "stagekit.formats", "stagekit.generation", "stagekit.journal"),
+        *("stagekit.likelihood", "stagekit.scoring"),
+    },
+    "stagekit.lm_eval_export": {
+        *("stagekit.generation", "stagekit.journal", "stagekit.likelihood", "stagekit.tokenization"),
+    },
     "stagekit.modeling": {"stagekit.checkpoint", "stagekit.memory", "template"},
     "stagekit.tokenization": {"stagekit.formats", "stagekit.modeling", "template"},
     "stagekit.pairs": {"stagekit.formats", "stagekit.tokenization"},
