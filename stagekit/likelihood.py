@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import torch
 
 from stagekit.formats import Conversation
-from stagekit.generation import LoadedModel
 from stagekit.tokenization import document_control, encode_document, encode_messages
 from stagekit.trainers import CHUNK_TOKENS, keeps_logits
 
@@ -35,13 +34,13 @@ def candidate_ids(chat, messages: list[dict], answer: str, whole: bool) -> list[
 
 
 @torch.no_grad()
-def score_candidates(loaded: LoadedModel, items: list[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
+def score_candidates(model: torch.nn.Module, items: list[tuple[list[int], list[list[int]]]]) -> list[list[float]]:
     """Log-likelihoods of candidates behind their prompts, in one forward pass.
 
     A candidate that others begin with costs nothing: letters of one token each take one sequence a question.
 
     Args:
-        loaded: what load_for_generation returned.
+        model: causal, in eval mode.
         items: (ids of the prompt, ids of each candidate); none of them empty.
 
     Returns:
@@ -52,7 +51,7 @@ def score_candidates(loaded: LoadedModel, items: list[tuple[list[int], list[list
     ]
     sequences = [items[number][0] + list(ids) for number, ids in rows]
     starts = [len(items[number][0]) - 1 for number, _ in rows]
-    logits, place = _logits(loaded, sequences, starts)
+    logits, place = _logits(model, sequences, starts)
     found = [[None] * len(candidates) for _, candidates in items]
     for row, (number, ids) in enumerate(rows):
         first = place[starts[row]]
@@ -69,23 +68,22 @@ def _longest(beginnings):
     return [ids for ids, after in pairs if after is None or after[: len(ids)] != ids]
 
 
-def _logits(loaded, sequences, starts):
+def _logits(model, sequences, starts):
     """(batch, kept, vocab) logits from each sequence's start on, and {position: place among the kept}."""
     width = max(map(len, sequences))
-    pad = loaded.chat.tokenizer.pad_token_id
-    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in sequences], device=loaded.model.device)
-    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=loaded.model.device)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences], device=model.device)
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in sequences], device=model.device)
     spans = (range(start, len(ids)) for start, ids in zip(starts, sequences, strict=True))
     kept = sorted(set().union(*spans))
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if not keeps_logits(loaded.model):
-        logits = loaded.model(**inputs).logits
+    if not keeps_logits(model):
+        logits = model(**inputs).logits
         return logits, {position: position for position in range(width)}
-    if len(set(getattr(loaded.model, "hf_device_map", {}).values())) > 1:
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         # accelerate would move positions to the first device, and the states they choose from are on the last
-        logits = loaded.model(**inputs, logits_to_keep=width - kept[0]).logits
+        logits = model(**inputs, logits_to_keep=width - kept[0]).logits
         return logits, {position: position - kept[0] for position in range(kept[0], width)}
-    logits = loaded.model(**inputs, logits_to_keep=torch.tensor(kept, device=loaded.model.device)).logits
+    logits = model(**inputs, logits_to_keep=torch.tensor(kept, device=model.device)).logits
     return logits, {position: number for number, position in enumerate(kept)}
 
 

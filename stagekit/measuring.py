@@ -94,7 +94,7 @@ def score_choices(
 
     def work(inputs):
         items = [(prompt[1], candidates_of(loaded.chat, item, prompt)) for item, prompt in inputs]
-        return [{"logps": _numbers(logps)} for logps in score_candidates(loaded, items)]
+        return [{"logps": _numbers(logps)} for logps in score_candidates(loaded.model, items)]
 
     _run(waiting, lambda asked: len(asked[1][1]), work, journal, batch_size, f"{benchmark.name}: log-likelihoods")
 
@@ -110,7 +110,7 @@ def score_text(
                 waiting[benchmark.key("nll", number, window)] = found
 
     def work(inputs):
-        found = score_candidates(loaded, [(context, [scored]) for context, scored in inputs])
+        found = score_candidates(loaded.model, [(context, [scored]) for context, scored in inputs])
         return [
             {"nll": -_numbers(logps)[0], "tokens": len(scored)}
             for logps, (_, scored) in zip(found, inputs, strict=True)

@@ -15,6 +15,7 @@ from peft import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import LoraLayer
 from peft.utils import load_peft_weights
 from transformers import (
     AutoConfig,
@@ -327,7 +328,25 @@ def merge_adapter(model, directory: str):
     config = PeftConfig.from_pretrained(directory)
     model = PeftModel(model, fitting_config(config, model))
     _load_adapter_weights(model, directory)
-    return model.merge_and_unload()
+    return merge_into_base(model)
+
+
+def merge_into_base(model: PeftModel, progressbar: bool = False):
+    """Add the update of a model's adapter to the weights below it; return the model without adapter.
+
+    Where LoRA sits on an embedding that shares its matrix with the head, the head has not learnt: it keeps the old
+    values, in a matrix of its own from then on (PEFT would change both).
+
+    Raises:
+        ValueError: the sum is not a number somewhere.
+    """
+    base = model.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if isinstance(embedding, LoraLayer) and not isinstance(head, LoraLayer) and head is not None:
+        if head.weight is embedding.weight:
+            head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+            base.config.tie_word_embeddings = False
+    return model.merge_and_unload(progressbar=progressbar, safe_merge=True)
 
 
 def fitting_config(lora: LoraConfig, model) -> LoraConfig:

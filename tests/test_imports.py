@@ -54,6 +54,8 @@ MAY_IMPORT = {
     "stagekit.held_out": {
         *("eval_metrics", "stagekit.generation", "stagekit.prompts", "stagekit.rewards", "stagekit.tokenization"),
     },
+    "stagekit.export": {"stagekit.checkpoint", "stagekit.data"},
+    "stagekit.perplexity": {"stagekit.likelihood"},
     "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
     "stagekit.retrieval": {
         *("stagekit.documents", "stagekit.embedding", "stagekit.extraction", "stagekit.words"),

@@ -58,7 +58,7 @@ ITEMS = [
 @pytest.mark.parametrize("architecture", ["qwen3", "llama", "bloom"])
 def test_every_candidate_has_the_likelihood_of_a_plain_forward_pass(models, architecture):
     loaded = models[architecture]
-    found = score_candidates(loaded, ITEMS)
+    found = score_candidates(loaded.model, ITEMS)
     expected = [[by_hand(loaded, prompt, ids) for ids in candidates] for prompt, candidates in ITEMS]
     assert [len(own) for own in found] == [3, 4, 1]
     for own, wanted in zip(found, expected, strict=True):
@@ -68,35 +68,35 @@ def test_every_candidate_has_the_likelihood_of_a_plain_forward_pass(models, arch
 
 @pytest.mark.parametrize("architecture", ["qwen3", "bloom"])
 def test_what_else_is_in_the_batch_changes_nothing(models, architecture):
-    together = score_candidates(models[architecture], ITEMS)
+    together = score_candidates(models[architecture].model, ITEMS)
     for item, own in zip(ITEMS, together, strict=True):
-        assert score_candidates(models[architecture], [item])[0] == pytest.approx(own, abs=1e-4)
+        assert score_candidates(models[architecture].model, [item])[0] == pytest.approx(own, abs=1e-4)
     for candidates, own in zip(ITEMS[1][1], together[1], strict=True):
-        assert score_candidates(models[architecture], [(ITEMS[1][0], [candidates])])[0] == pytest.approx(
+        assert score_candidates(models[architecture].model, [(ITEMS[1][0], [candidates])])[0] == pytest.approx(
             [own], abs=1e-4
         )
 
 
 def test_what_padding_is_changes_nothing(models):
-    before = score_candidates(models["qwen3"], ITEMS)
+    before = score_candidates(models["qwen3"].model, ITEMS)
     tokenizer = models["qwen3"].chat.tokenizer
     pad = tokenizer.pad_token_id
     tokenizer.pad_token_id = 40
     try:
-        assert score_candidates(models["qwen3"], ITEMS) == before
+        assert score_candidates(models["qwen3"].model, ITEMS) == before
     finally:
         tokenizer.pad_token_id = pad
 
 
 def test_a_model_that_computes_all_logits_gives_the_same(models, monkeypatch):
-    before = score_candidates(models["qwen3"], ITEMS)
+    before = score_candidates(models["qwen3"].model, ITEMS)
     monkeypatch.setattr(likelihood, "keeps_logits", lambda model: False)
-    for own, wanted in zip(score_candidates(models["qwen3"], ITEMS), before, strict=True):
+    for own, wanted in zip(score_candidates(models["qwen3"].model, ITEMS), before, strict=True):
         assert own == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_model_spread_over_several_devices_gives_the_same(models, monkeypatch):
-    before = score_candidates(models["qwen3"], ITEMS)
+    before = score_candidates(models["qwen3"].model, ITEMS)
     monkeypatch.setattr(models["qwen3"].model, "hf_device_map", {"model": 0, "lm_head": 1}, raising=False)
     seen = []
 
@@ -104,7 +104,7 @@ def test_a_model_spread_over_several_devices_gives_the_same(models, monkeypatch)
         seen.append(inputs["logits_to_keep"])
 
     hook = models["qwen3"].model.register_forward_pre_hook(look, with_kwargs=True)
-    after = score_candidates(models["qwen3"], ITEMS)
+    after = score_candidates(models["qwen3"].model, ITEMS)
     hook.remove()
     for own, wanted in zip(after, before, strict=True):
         assert own == pytest.approx(wanted, abs=1e-4)
@@ -115,7 +115,7 @@ def test_long_candidates_are_summed_in_chunks(models, monkeypatch):
     prompt, text = [5, 6], [token % 300 + 4 for token in range(23)]
     expected = by_hand(models["qwen3"], prompt, text)
     monkeypatch.setattr(likelihood, "CHUNK_TOKENS", 4)
-    assert score_candidates(models["qwen3"], [(prompt, [text])])[0] == pytest.approx([expected], abs=1e-3)
+    assert score_candidates(models["qwen3"].model, [(prompt, [text])])[0] == pytest.approx([expected], abs=1e-3)
 
 
 def test_letters_of_one_token_take_one_sequence_and_the_prompt_is_read_once(models, monkeypatch):
@@ -127,7 +127,7 @@ def test_letters_of_one_token_take_one_sequence_and_the_prompt_is_read_once(mode
         return plain(loaded, sequences, starts)
 
     monkeypatch.setattr(likelihood, "_logits", counted)
-    score_candidates(models["qwen3"], ITEMS)
+    score_candidates(models["qwen3"].model, ITEMS)
     # the first prompt alone; of the second AB's, ABC's beginnings and B; of the third all but its last token
     assert widths == [[5, 2 + 3, 2 + 1, 1 + 3]]
 
@@ -149,7 +149,7 @@ def test_without_the_end_of_turn_no_set_could_beat_its_beginning(models):
     prompt = encode_prompt(loaded.chat, [FEVER])
     cut = [candidate_ids(loaded.chat, [FEVER], text, whole=False) for text in ("A", "AB")]
     assert cut[1][: len(cut[0])] == cut[0]
-    shorter, longer = score_candidates(loaded, [(prompt, cut)])[0]
+    shorter, longer = score_candidates(loaded.model, [(prompt, cut)])[0]
     assert longer <= shorter
 
 
@@ -175,7 +175,7 @@ def test_perplexity_windows_sum_up_to_the_forward_pass_over_the_whole_text(model
     loaded = models["qwen3"]
     ((context, scored),) = text_windows(loaded.chat.tokenizer, TEXT, 1000, 500)
     whole = by_hand(loaded, [loaded.chat.tokenizer.eos_token_id], loaded.chat.tokenizer.encode(TEXT))
-    assert sum(score_candidates(loaded, [(context, [scored])])[0]) == pytest.approx(whole, rel=1e-5)
+    assert sum(score_candidates(loaded.model, [(context, [scored])])[0]) == pytest.approx(whole, rel=1e-5)
     # in windows of 16, the second half of each is scored behind the first
     ids, expected = [loaded.chat.tokenizer.eos_token_id, *loaded.chat.tokenizer.encode(TEXT)], 0.0
     expected += by_hand(loaded, ids[:1], ids[1:17])
@@ -184,7 +184,7 @@ def test_perplexity_windows_sum_up_to_the_forward_pass_over_the_whole_text(model
         expected += by_hand(loaded, ids[end - 17 : start], ids[start:end])
     windows = [(context, [scored]) for context, scored in text_windows(loaded.chat.tokenizer, TEXT, 16, 8)]
     assert len(windows) == 4
-    assert math.fsum(own for (own,) in score_candidates(loaded, windows)) == pytest.approx(expected, rel=1e-5)
+    assert math.fsum(own for (own,) in score_candidates(loaded.model, windows)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_text_follows_the_bos_token_where_there_is_one(tokenizer):
