@@ -1,5 +1,5 @@
 # What every wrapper shares: hardware, Python environment, base model, launcher. Sourced from the repository's root
-# after `set -eu`; defines choose_base, choose_parent and launch, and the variables that the wrappers hand on.
+# after `set -eu`; defines choose_base, choose_parent, launch, run, go_on, and the variables that wrappers hand on.
 #
 # Read from the environment, all optional (relative paths count from the repository's root):
 #   BASE_MODEL     hub name or directory to start from; "starter" is the small model built from data/
@@ -420,6 +420,23 @@ launch() {
         exit
     fi
     exec "$PYTHON" "$@"
+}
+
+# -- several steps --
+
+# run COMMAND: as launch does it, but come back.
+run() {
+    if [ "${DRY_RUN:-}" = 1 ]; then printf '%s\n' "$@"; else "$@"; fi
+}
+
+# go_on DIRECTORY: print the flag with which a stage goes on that was interrupted there.
+go_on() {
+    set -- "$1" "$1"/checkpoint-*/complete.json
+    if [ -f "$2" ]; then
+        echo --resume_from_checkpoint True
+    elif [ -d "$1" ]; then
+        echo --overwrite_output_dir True
+    fi
 }
 
 plural() { [ "$1" -eq 1 ] || echo "${2:-s}"; }

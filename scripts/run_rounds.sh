@@ -18,21 +18,6 @@ rounds=${1:-}
 [ $# -eq 0 ] || shift
 . scripts/env.sh
 
-# run COMMAND: as launch does it, but come back.
-run() {
-    if [ "${DRY_RUN:-}" = 1 ]; then printf '%s\n' "$@"; else "$@"; fi
-}
-
-# go_on DIRECTORY: print the flag with which a stage goes on that was interrupted there.
-go_on() {
-    set -- "$1" "$1"/checkpoint-*/complete.json
-    if [ -f "$2" ]; then
-        echo --resume_from_checkpoint True
-    elif [ -d "$1" ]; then
-        echo --overwrite_output_dir True
-    fi
-}
-
 # Sample and choose; $samples has summary.json when that is finished.
 sample() {
     [ ! -f "$samples/summary.json" ] || return 0
