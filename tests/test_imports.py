@@ -56,6 +56,8 @@ MAY_IMPORT = {
     },
     "stagekit.export": {"stagekit.checkpoint", "stagekit.data"},
     "stagekit.perplexity": {"stagekit.likelihood"},
+    "stagekit.page": set(),
+    "stagekit.chat_tab": {"stagekit.generation", "stagekit.page"},
     "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
     "stagekit.retrieval": {
         *("stagekit.documents", "stagekit.embedding", "stagekit.extraction", "stagekit.words"),
