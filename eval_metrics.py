@@ -20,13 +20,13 @@ Case and full-width forms are kept unless --lowercase or --nfkc is given; both s
 Levels. `corpus` adds the counts of all answers up before dividing (the BLEU that papers on translation report);
 `mean` is the average of each answer's own score. Everything but length_ratio is on a scale of 0 to 100.
 
-As a module: score_pairs, compare_pairs and llamafactory_scores take lists of texts. Nothing here imports the project.
+As a module: score_pairs and compare_pairs take lists of texts. Nothing here imports the project.
 """
 
 import argparse
+import contextlib
 import csv
 import difflib
-import functools
 import gzip
 import hashlib
 import heapq
@@ -36,7 +36,6 @@ import logging
 import math
 import multiprocessing
 import os
-import random
 import re
 import signal
 import sys
@@ -44,9 +43,10 @@ import traceback
 import unicodedata
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,7 @@ VERSION = "1"  # of the definitions: a change that moves any number raises it
 TOKENIZATIONS = ("mixed", "mixed-word", "zh-char", "zh-word", "en-word")
 USES_JIEBA = ("mixed-word", "zh-word", "llamafactory-word")
 SMOOTHINGS = ("none", "method1", "method2", "method3", "exp")
-LEVELS = ("corpus", "mean")
+ROUGE_NGRAMS = ("set", "count")
 PREDICTION_KEYS = ("prediction", "predict")  # inference.py's, and LLaMA-Factory's
 REFERENCE_KEYS = ("reference", "label")
 CHUNK_SIZE = 256  # pairs that a process counts at once: enough to outweigh sending them there
@@ -85,17 +85,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read and check the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="eval_metrics.py", description=__doc__, formatter_class=form, allow_abbrev=False)
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     what = parser.add_argument_group("what is measured (one of the first three)")
-    what.add_argument(
-        "prediction_file", nargs="?", help="file with predictions and references, such as inference.py's"
-    )
+    what.add_argument("prediction_file", nargs="?", help="predictions and references, such as inference.py's file")
     what.add_argument("--predictions", help="file with predictions, where the references stand in another")
-    what.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("A", "B"),
-        help="two files with answers to the same questions: is B better than A? (paired bootstrap)",
-    )
+    what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="answers to the same questions: is B better?")
     what.add_argument("--references", help="file with references, row by row beside --predictions")
     what.add_argument("--prediction_column", help="key or column of predictions; default: prediction, else predict")
     what.add_argument("--reference_column", help="key or column of references; default: reference, else label")
@@ -109,14 +103,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument(
         "--rouge_ngrams",
-        choices=("set", "count"),
+        choices=ROUGE_NGRAMS,
         help="set: an n-gram counts once however often it stands there, as in rouge-chinese (default); count: as "
         "often as it is in both, as in Lin 2004 and rouge-score. ROUGE-L is the same",
     )
     how.add_argument("--lowercase", action="store_true", help="fold case before comparing")
-    how.add_argument(
-        "--nfkc", action="store_true", help="fold full-width and other compatibility forms (Unicode NFKC)"
-    )
+    how.add_argument("--nfkc", action="store_true", help="fold full-width and other compatibility forms (NFKC)")
     how.add_argument(
         "--compatible",
         choices=("llamafactory",),
@@ -125,13 +117,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--bootstrap", type=int, default=1000, help="resamples for the intervals, default 1000; 0: none")
     how.add_argument("--seed", type=int, default=42, help="of the resamples, default 42")
-    how.add_argument(
-        "--check",
-        type=int,
-        default=20,
-        help="pairs that nltk and rouge-chinese compute as well; the run stops where they differ; default 20",
-    )
-    how.add_argument("--num_workers", type=int, default=usable_cores(), help="processes, default: one a core")
+    how.add_argument("--check", type=int, default=20, help="pairs that nltk and rouge-chinese score too, default 20")
+    how.add_argument("--num_workers", type=int, default=num_cores, help="processes, default: one a core")
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     out.add_argument("--per_sample", metavar="FILE", help="write every row's own scores to this .jsonl file")
@@ -143,8 +130,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(args, parser):
-    given = [name for name in ("prediction_file", "predictions", "compare") if getattr(args, name)]
-    if len(given) != 1:
+    if [args.prediction_file, args.predictions, args.compare].count(None) != 2:
         parser.error("give one of: a file of predictions and references, --predictions, --compare A B")
     if args.predictions and not args.references:
         parser.error("--predictions needs --references; a file that holds both is given without a flag")
@@ -152,11 +138,11 @@ def _check(args, parser):
         parser.error("--compare reads predictions and references from the same files; leave --references out")
     if args.per_sample and args.compare:
         parser.error("--per_sample is for one file of predictions, not for --compare")
+    if args.compare and not args.bootstrap:
+        parser.error("--compare needs resamples; leave --bootstrap 0 out")
     inputs = [os.path.abspath(path) for path in (args.prediction_file, args.predictions, args.references) if path]
     if args.per_sample and os.path.abspath(args.per_sample) in inputs:
         parser.error(f"--per_sample {args.per_sample} would replace a file that is read; name another")
-    if args.compare and not args.bootstrap:
-        parser.error("--compare needs resamples; leave --bootstrap 0 out")
     for name, least in (("bootstrap", 0), ("check", 0), ("worst", 0), ("num_workers", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)} must be at least {least}")
@@ -169,27 +155,17 @@ def _check(args, parser):
             parser.error(f"--tokenization {name!r} is unknown; known: {', '.join(TOKENIZATIONS)}")
 
 
-def usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(args: argparse.Namespace) -> None:
     """Read and count the pairs, score them, print."""
-    if args.compatible:
-        ways = [LLAMAFACTORY]
-    else:
-        smoothing, rouge_ngrams = args.smoothing or "method3", args.rouge_ngrams or "set"
-        names = dict.fromkeys(args.tokenization)
-        ways = [Settings(name, smoothing, rouge_ngrams, args.lowercase, args.nfkc) for name in names]
+    how = (args.smoothing or "method3", args.rouge_ngrams or "set", args.lowercase, args.nfkc)
+    ways = [Settings(name, *how) for name in dict.fromkeys(args.tokenization)]
+    ways = [LLAMAFACTORY] if args.compatible else ways
     if args.compare:
-        measured = [measure_file(path, None, ways, args) for path in args.compare]
-        found = compare_files(*measured, ways, args)
-        print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else comparison_text(found))
+        found = compare_files(*(measure_file(path, None, ways, args) for path in args.compare), args)
     else:
-        measured = measure_file(args.prediction_file or args.predictions, args.references, ways, args)
-        found = score_file(measured, ways, args)
-        print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else report_text(found))
+        found = score_file(measure_file(args.prediction_file or args.predictions, args.references, ways, args), args)
+    text = comparison_text if args.compare else report_text
+    print(json.dumps(found, ensure_ascii=False, indent=2) if args.json else text(found))
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -205,9 +181,7 @@ class Row(NamedTuple):
     finish_reason: str | None = None
 
 
-def read_rows(
-    path: str, references: str | None = None, prediction_column: str | None = None, reference_column: str | None = None
-) -> Iterator[Row]:
+def read_rows(path: str, references: str | None, args: argparse.Namespace) -> Iterator[Row]:
     """Read predictions with their references, one at a time.
 
     Args:
@@ -215,28 +189,26 @@ def read_rows(
         references: file whose rows stand beside those of `path`.
 
     Raises:
-        FileNotFoundError: no such file.
+        OSError: a file cannot be opened.
         ValueError: a row that cannot be read, as file:line; or the two files differ in length.
     """
-    keys = (prediction_column,) if prediction_column else PREDICTION_KEYS
-    reference_keys = (reference_column,) if reference_column else REFERENCE_KEYS
+    keys = (args.prediction_column,) if args.prediction_column else PREDICTION_KEYS
+    reference_keys = (args.reference_column,) if args.reference_column else REFERENCE_KEYS
     if references is None:
         for origin, record in read_records(path):
             if isinstance(record, str):
                 raise ValueError(f"{path} holds one text a line; name the other file: --predictions, --references")
-            prediction = pick(record, keys, origin, "--prediction_column")
-            reference = pick(record, reference_keys, origin, "--reference_column", optional=True)
+            prediction = _pick(record, keys, origin, "--prediction_column")
+            reference = _pick(record, reference_keys, origin)
             yield Row(origin, prediction, reference, record.get("index"), record.get("finish_reason"))
         return
-    ended = object()
-    pairs = itertools.zip_longest(read_records(path), read_records(references), fillvalue=ended)
-    for number, (left, right) in enumerate(pairs):
-        if left is ended or right is ended:
-            longer, shorter = (references, path) if left is ended else (path, references)
+    pairs = itertools.zip_longest(read_records(path), read_records(references), fillvalue=(None, None))
+    for number, ((origin, left), (other, right)) in enumerate(pairs):
+        if left is None or right is None:
+            longer, shorter = (references, path) if left is None else (path, references)
             raise ValueError(f"{shorter} ends after {number} rows and {longer} goes on; rows must belong together")
-        prediction = pick(left[1], keys, left[0], "--prediction_column")
-        reference = pick(right[1], (*reference_keys, *keys), right[0], "--reference_column", optional=True)
-        yield Row(left[0], prediction, reference, number)
+        prediction = _pick(left, keys, origin, "--prediction_column")
+        yield Row(origin, prediction, _pick(right, (*reference_keys, *keys), other), number)
 
 
 def read_records(path: str) -> Iterator[tuple[str, dict | str]]:
@@ -273,31 +245,24 @@ def _parsed(text, origin):
 
 def _read_table(path, file, delimiter):
     reader = csv.reader(_decoded(path, file), delimiter=delimiter, strict=True)
-    header = None
     try:
-        for fields in reader:
+        header = next(reader, [])
+        for fields in filter(None, reader):
             origin = f"{path}:{reader.line_num}"
-            if header is None:
-                header = fields
-            elif fields and len(fields) != len(header):
+            if len(fields) != len(header):
                 raise ValueError(f"{origin}: {len(fields)} fields, and the header has {len(header)}")
-            elif fields:
-                yield origin, dict(zip(header, fields, strict=True))
+            yield origin, dict(zip(header, fields, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def pick(record: dict | str, keys: tuple[str, ...], origin: str, flag: str, optional: bool = False) -> str | None:
-    """Return the text under the first of the keys that a record has; a record that is a text is that text.
-
-    Raises:
-        ValueError: none of the keys is there (unless optional), or what stands there is no string.
-    """
+def _pick(record, keys, origin, flag=None):
+    """The text under the first of the keys that a record has, or a record that is a text; None only without a flag."""
     if isinstance(record, str):
         return record
     key = next((key for key in keys if key in record), None)
-    value = None if key is None else record[key]
-    if value is None and optional:
+    value = record.get(key)
+    if value is None and not flag:
         return None
     if key is None:
         raise ValueError(f"{origin}: no {' or '.join(keys)}; there is {', '.join(record)}: name one with {flag}")
@@ -324,18 +289,10 @@ _DASH_AFTER_DIGIT = re.compile(r"([0-9])(-)")
 _ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 
 
-def tokenize(text: str, tokenization: str = "mixed", lowercase: bool = False, nfkc: bool = False) -> list[str]:
-    """Split a text into tokens; the module's docstring says what each tokenization takes for one.
-
-    Raises:
-        ValueError: no such tokenization.
-    """
-    text = unicodedata.normalize("NFKC", text) if nfkc else text
-    text = text.lower() if lowercase else text
-    if tokenization == "mixed":
-        return _split_by_script(text, list)
-    if tokenization == "mixed-word":
-        return _split_by_script(text, cut_words)
+def tokenize(text: str, tokenization: str = "mixed") -> list[str]:
+    """Split a text into tokens; the module's docstring says what each tokenization takes for one."""
+    if tokenization in ("mixed", "mixed-word"):
+        return _split_by_script(text, list if tokenization == "mixed" else cut_words)
     if tokenization == "zh-char":
         return list("".join(text.split()))
     if tokenization == "zh-word":
@@ -347,16 +304,20 @@ def tokenize(text: str, tokenization: str = "mixed", lowercase: bool = False, nf
         return _words(f" {text} ")
     if tokenization == "llamafactory-char":
         return list(text)
-    if tokenization == "llamafactory-word":
-        return _words_of_rouge_chinese(" ".join(cut_words(text)))
+    if tokenization == "llamafactory-word":  # to rouge-chinese a blank between two ends of sentences is an empty word
+        from rouge_chinese import Rouge
+
+        sentences = [
+            " ".join(sentence.split()) for sentence in Rouge().cut_sent(" ".join(cut_words(text))) if sentence
+        ]
+        words = [word for sentence in sentences for word in sentence.split(" ")]
+        return words if any(words) else []
     raise ValueError(f"tokenization {tokenization!r} is unknown; known: {', '.join(TOKENIZATIONS)}")
 
 
 def _words(text):
-    text = _PUNCTUATION.sub(r" \1 ", text)
-    if "." in text or "," in text:
-        text = _STOP_BEFORE_TEXT.sub(r" \1 \2", _STOP_AFTER_TEXT.sub(r"\1 \2 ", text))
-    return (_DASH_AFTER_DIGIT.sub(r"\1 \2 ", text) if "-" in text else text).split()
+    text = _STOP_AFTER_TEXT.sub(r"\1 \2 ", _PUNCTUATION.sub(r" \1 ", text))
+    return _DASH_AFTER_DIGIT.sub(r"\1 \2 ", _STOP_BEFORE_TEXT.sub(r" \1 \2", text)).split()
 
 
 def _split_by_script(text, cut):
@@ -370,118 +331,105 @@ def _split_by_script(text, cut):
     return tokens
 
 
-# jieba cuts every run of these characters by itself, and what stands between them into single characters.
-_JIEBA_RUNS = re.compile(r"([\u4e00-\u9fd5a-zA-Z0-9+#&._%\-]+)")
-
-
 def cut_words(text: str) -> list[str]:
-    """Cut a text into the words of `jieba.lcut(text)`, white space included, in half of its time."""
-    words = []
-    for place, part in enumerate(_JIEBA_RUNS.split(text)):
-        if place % 2:
-            _cut_run(part, words)
-        elif part:
-            words.extend(part if len(part) == 1 else load_jieba().lcut(part))
-    return words
-
-
-def _cut_run(run, words):
-    """Append the words of the likeliest path through jieba's dictionary; single characters in a row go to its HMM.
-
-    The weight of a path is the sum of the logarithms of its words' frequencies, from the end of the run; of equal ones
-    the longer word is taken.
-    """
-    jieba, length = load_jieba(), len(run)
-    frequency_of, log, log_total = jieba.dt.FREQ.get, math.log, math.log(jieba.dt.total)
-    weights, ends = [0.0] * (length + 1), [0] * length
-    for start in range(length - 1, -1, -1):
-        end = start + 1
-        frequency = frequency_of(run[start])
-        best, best_end = log(frequency or 1) - log_total + weights[end], end
-        while frequency is not None and end < length:  # None: no word begins like this
-            end += 1
-            frequency = frequency_of(run[start:end])
-            if frequency:
-                weight = log(frequency) - log_total + weights[end]
-                if weight >= best:
-                    best, best_end = weight, end
-        weights[start], ends[start] = best, best_end
-    start = single = 0
-    while start < length:
-        end = ends[start]
-        if end - start > 1:
-            words.extend(_cut_singles(run[single:start]))
-            words.append(run[start:end])
-            single = end
-        start = end
-    words.extend(_cut_singles(run[single:]))
-
-
-@functools.lru_cache(2**16)
-def _cut_singles(text):
-    jieba = load_jieba()
-    if len(text) < 2 or jieba.dt.FREQ.get(text):
-        return tuple(text)
-    return tuple(jieba.finalseg.cut(text))
-
-
-@functools.cache
-def load_jieba():
-    """Import jieba and load its dictionary."""
+    """Cut a text into jieba's words, white space included."""
     import jieba
 
-    jieba.setLogLevel(logging.WARNING)
-    jieba.initialize()
-    return jieba
+    if not jieba.dt.initialized:
+        jieba.setLogLevel(logging.WARNING)  # it would report on stderr that it loads its dictionary
+    return jieba.lcut(text)
 
 
-def _words_of_rouge_chinese(text):
-    """What rouge-chinese makes of a text of words: a blank between two sentence ends or line ends is an empty word."""
-    from rouge_chinese import Rouge
-
-    sentences = [" ".join(sentence.split()) for sentence in Rouge().cut_sent(text) if sentence]
-    words = [word for sentence in sentences for word in sentence.split(" ")]
-    return words if any(words) else []
+# -- scores ----------------------------------------------------------------------------------------------------------
 
 
-# -- counts of a pair ------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a number, but for its level; the flags of these names say what each may be."""
 
-# Everything below follows from these numbers of each pair, so texts are read once and need not stay in memory.
-# match: n-grams in both, each as often as in both; shared, types: the same of distinct n-grams.
+    tokenization: str = "mixed"
+    smoothing: str = "method3"
+    rouge_ngrams: str = "set"
+    lowercase: bool = False
+    nfkc: bool = False
+
+    def __post_init__(self):
+        for name, known in (("smoothing", SMOOTHINGS), ("rouge_ngrams", ROUGE_NGRAMS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(known)}")
+
+    def tokenizations(self) -> tuple[str, ...]:
+        """The tokenization, or that of BLEU and that of ROUGE where they differ."""
+        return ("llamafactory-char", "llamafactory-word") if self == LLAMAFACTORY else (self.tokenization,)
+
+    def own_metrics(self) -> tuple[str, ...]:
+        """What each answer is scored by."""
+        return ("bleu-4", "rouge-1", "rouge-2", "rouge-l") if self == LLAMAFACTORY else OWN_METRICS
+
+    def fold(self, text: str) -> str:
+        """Return what is tokenized of a text."""
+        text = unicodedata.normalize("NFKC", text) if self.nfkc else text
+        return text.lower() if self.lowercase else text
+
+    def signature(self, metric: str, level: str) -> str:
+        """Name everything that decides a number of this metric; what is off is not named."""
+        jieba = self.tokenizations()[-1] in USES_JIEBA and metric not in ("exact_match", "bleu-4")
+        if self == LLAMAFACTORY:
+            how = ["char", "smooth:method3"] if metric == "bleu-4" else ["zh-word", "ngrams:set", "f1"]
+            how = ["llamafactory", *how, "round:4"]
+        else:
+            how = [self.tokenization, *["lower"] * self.lowercase, *["nfkc"] * self.nfkc]
+            how += [f"smooth:{self.smoothing}"] * metric.startswith("bleu")
+            how += [f"ngrams:{self.rouge_ngrams}"] * (metric in ("rouge1", "rouge2"))
+            how += ["f1"] * metric.startswith("rouge")
+            how = ["strip", *how[1:]] if metric == "exact_match" else how
+        return "|".join([metric, *how, level, *[f"jieba:{metadata.version('jieba')}"] * jieba, f"v{VERSION}"])
+
+
+# BLEU-4 with method3 over characters, white space included; F of rouge-chinese over jieba's words, 0 where a text has
+# no word; each answer's score times 100, rounded to 4 digits, then averaged.
+LLAMAFACTORY = Settings("llamafactory")
+METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge1", "rouge2", "rougeL")
+OWN_METRICS = (*METRICS, "exact_match", "distinct1", "distinct2")
+# Every score follows from these numbers of each pair, so texts are read once and need not stay in memory.
 COUNTS = (
-    *("match1", "match2", "match3", "match4", "length", "reference_length", "shared1", "types1", "reference_types1"),
-    *("shared2", "types2", "reference_types2", "lcs", "exact"),
+    *("match1", "match2", "match3", "match4", "total1", "total2", "total3", "total4", "length", "reference_length"),
+    *("overlap1", "size1", "reference_size1", "overlap2", "size2", "reference_size2"),
+    *("overlapL", "sizeL", "reference_sizeL", "types1", "types2", "exact"),
 )
-_PLACE = {name: place for place, name in enumerate(COUNTS)}
+_BLEU, _LENGTHS, _ROUGE, _TYPES, _EXACT = slice(10), slice(8, 10), slice(10, 19), slice(19, 21), slice(21, 22)
 
 
-def count_pair(prediction: list[str], reference: list[str]) -> dict[str, int]:
-    """Count what a prediction and its reference share.
+def count_pair(for_bleu: list[list[str]], for_rouge: list[list[str]], settings: Settings) -> dict[str, int]:
+    """Count what the scores of a pair follow from: all that COUNTS names, but `exact`.
+
+    With smoothing "exp" an answer shorter than n tokens has no n-grams, as in Papineni et al. 2002 and sacrebleu; else
+    it has one, as in nltk.
 
     Args:
-        prediction: tokens.
-        reference: tokens.
-
-    Returns:
-        What COUNTS names, all but `exact`.
+        for_bleu: tokens of the prediction, tokens of the reference.
+        for_rouge: the same for ROUGE, as a rule the same lists.
     """
-    found = {"length": len(prediction), "reference_length": len(reference), "match3": 0, "match4": 0}
-    shared = {None}
-    for n in range(1, 5):
-        if n > 2 and not shared:
-            break
-        ours, theirs = ngrams(prediction, n), ngrams(reference, n)
-        types, reference_types = set(ours), set(theirs)
-        shared = types & reference_types
-        found[f"match{n}"] = len(shared)
-        if len(types) < len(ours) and len(reference_types) < len(theirs):  # else each is in both at most once
-            times, reference_times = Counter(ours), Counter(theirs)
-            found[f"match{n}"] = sum(min(times[gram], reference_times[gram]) for gram in shared)
-        if n < 3:
-            found[f"shared{n}"], found[f"types{n}"] = len(shared), len(types)
-            found[f"reference_types{n}"] = len(reference_types)
-    found["lcs"] = longest_common_subsequence(prediction, reference)
+    shared = {n: shared_ngrams(*for_bleu, n) for n in range(1, 5)}
+    length, reference_length = map(len, for_bleu)
+    found = {"length": length, "reference_length": reference_length}
+    for n, (both, ours, _) in shared.items():
+        found[f"match{n}"], found[f"types{n}"] = both.total(), len(ours)
+        found[f"total{n}"] = max(length + 1 - n, 0 if settings.smoothing == "exp" else 1)
+    if for_rouge is not for_bleu:
+        shared = {n: shared_ngrams(*for_rouge, n) for n in (1, 2)}
+    size = len if settings.rouge_ngrams == "set" else Counter.total
+    for n in (1, 2):
+        found[f"overlap{n}"], found[f"size{n}"], found[f"reference_size{n}"] = map(size, shared[n])
+    found["overlapL"] = longest_common_subsequence(*for_rouge)
+    found["sizeL"], found["reference_sizeL"] = map(len, for_rouge)
     return found
+
+
+def shared_ngrams(ours: list[str], theirs: list[str], n: int) -> tuple[Counter, Counter, Counter]:
+    """Count the n-grams in both texts, each as often as it is in both, those of the first, those of the second."""
+    first, second = Counter(ngrams(ours, n)), Counter(ngrams(theirs, n))
+    return first & second, first, second
 
 
 def ngrams(tokens: list[str], n: int) -> list:
@@ -506,73 +454,16 @@ def longest_common_subsequence(first: list[str], second: list[str]) -> int:
     return len(first) - row.bit_count()
 
 
-# -- scores ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides a number, but for its level; what the signature says."""
-
-    tokenization: str = "mixed"
-    smoothing: str = "method3"
-    rouge_ngrams: str = "set"
-    lowercase: bool = False
-    nfkc: bool = False
-
-    def tokenizations(self) -> tuple[str, ...]:
-        """The tokenizations whose counts the scores need."""
-        return ("llamafactory-char", "llamafactory-word") if self is LLAMAFACTORY else (self.tokenization,)
-
-    def signature(self, metric: str, level: str) -> str:
-        """Name everything that decides a number of this metric; what is off is not named."""
-        jieba = self.tokenizations()[-1] in USES_JIEBA and metric not in ("exact_match", "bleu-4")
-        if self is LLAMAFACTORY:
-            how = ["char", "smooth:method3"] if metric == "bleu-4" else ["zh-word", "ngrams:set", "f1"]
-            how = ["llamafactory", *how, "round:4"]
-        else:
-            how = [self.tokenization, *["lower"] * self.lowercase, *["nfkc"] * self.nfkc]
-            how += [f"smooth:{self.smoothing}"] * metric.startswith("bleu")
-            how += [f"ngrams:{self.rouge_ngrams}"] * (metric in ("rouge1", "rouge2"))
-            how += ["f1"] * metric.startswith("rouge")
-            how = ["strip", *how[1:]] if metric == "exact_match" else how
-        return "|".join([metric, *how, level, *[f"jieba:{metadata.version('jieba')}"] * jieba, f"v{VERSION}"])
-
-
-LLAMAFACTORY = Settings("llamafactory")
-METRICS = ("bleu1", "bleu2", "bleu3", "bleu4", "rouge1", "rouge2", "rougeL")
-_MEANS = (*METRICS, "exact_match", "distinct1", "distinct2")
-_NUM_BLEU, _NUM_ROUGE = 10, 9
-
-
-def bleu_terms(counts: np.ndarray, smoothing: str) -> np.ndarray:
-    """What BLEU adds up over answers before it divides.
-
-    Args:
-        counts: (num_pairs, len(COUNTS)).
-        smoothing: with "exp", an answer shorter than n tokens has no n-grams, as in Papineni et al. 2002 and
-            sacrebleu; else it has one, as in nltk.
-
-    Returns:
-        (num_pairs, 10): matches for n = 1..4, n-grams of the prediction for n = 1..4, the two lengths.
-    """
-    length = counts[:, _PLACE["length"], None]
-    totals = np.maximum(length - np.arange(4), 0 if smoothing == "exp" else 1)
-    return np.hstack([counts[:, :4], totals, counts[:, 4:6]]).astype(float)
-
-
-def bleu(terms: np.ndarray, smoothing: str) -> np.ndarray:
-    """Compute BLEU-1..4 with uniform weights, Eq. of section 2.3 of Papineni et al. 2002, times 100.
+def bleu(counts: np.ndarray, smoothing: str) -> np.ndarray:
+    """Compute BLEU-1..4 with uniform weights, section 2.3 of Papineni et al. 2002, times 100: (..., 4).
 
     Smoothing is Chen & Cherry 2014: method1 counts 0.1 for no match, method2 adds one to both sides for n > 1, method3
     (and exp) counts 1/2, 1/4, … for the first, second, … n without a match. No matching token at all scores 0.
 
     Args:
-        terms: (..., 10) of bleu_terms: of one answer, or added up over a corpus.
-
-    Returns:
-        (..., 4).
+        counts: (..., 10), the first ten of COUNTS, of one answer or added up over a corpus.
     """
-    matches, totals, length, reference_length = terms[..., :4], terms[..., 4:8], terms[..., 8], terms[..., 9]
+    matches, totals, length, reference_length = counts[..., :4], counts[..., 4:8], counts[..., 8], counts[..., 9]
     missed = matches == 0
     if smoothing == "method1":
         matches = np.where(missed, 0.1, matches)
@@ -581,8 +472,6 @@ def bleu(terms: np.ndarray, smoothing: str) -> np.ndarray:
         matches, totals = matches + added, totals + added
     elif smoothing in ("method3", "exp"):
         matches = np.where(missed, 0.5 ** np.cumsum(missed, axis=-1), matches)
-    elif smoothing != "none":
-        raise ValueError(f"smoothing {smoothing!r} is unknown; known: {', '.join(SMOOTHINGS)}")
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where(totals > 0, np.log(matches / totals), -np.inf)
         penalty = np.where(length > 0, np.minimum(1 - reference_length / length, 0), -np.inf)
@@ -590,279 +479,219 @@ def bleu(terms: np.ndarray, smoothing: str) -> np.ndarray:
     return 100 * np.where(missed[..., :1], 0.0, scores)
 
 
-def rouge_terms(counts: np.ndarray, rouge_ngrams: str) -> np.ndarray:
-    """What ROUGE-1, ROUGE-2 and ROUGE-L need: (num_pairs, 9), thrice overlap, size of prediction, of reference."""
-    if rouge_ngrams == "set":
-        pieces = counts[:, _PLACE["shared1"] : _PLACE["lcs"]]
-    elif rouge_ngrams == "count":
-        unigrams, bigrams = counts[:, [0, 4, 5]], counts[:, [1, 4, 5]]
-        pieces = np.hstack([unigrams, np.maximum(bigrams - [0, 1, 1], 0)])
-    else:
-        raise ValueError(f"rouge_ngrams {rouge_ngrams!r} is unknown; known: set, count")
-    return np.hstack([pieces, counts[:, [_PLACE["lcs"], 4, 5]]]).astype(float)
-
-
-def rouge(terms: np.ndarray, rouge_ngrams: str) -> np.ndarray:
-    """Compute F1 of ROUGE-1, ROUGE-2 (n-grams) and ROUGE-L (longest common subsequence of the whole text), times 100.
+def rouge(counts: np.ndarray, rouge_ngrams: str) -> np.ndarray:
+    """Compute F1 of ROUGE-1, -2 (n-grams) and -L (longest common subsequence of whole texts), times 100: (..., 3).
 
     Lin 2004 with beta = 1: 2PR / (P + R). With "set" the divisor is P + R + 1e-8, as in rouge-chinese, so that equal
     texts score 99.9999995.
 
     Args:
-        terms: (..., 9) of rouge_terms: of one answer, or added up over a corpus.
-
-    Returns:
-        (..., 3).
+        counts: (..., 9), the next nine of COUNTS, of one answer or added up over a corpus.
     """
-    terms = terms.reshape(*terms.shape[:-1], 3, 3)
-    overlap, ours, theirs = terms[..., 0], np.maximum(terms[..., 1], 1), np.maximum(terms[..., 2], 1)
+    counts = counts.reshape(*counts.shape[:-1], 3, 3)
+    overlap, ours, theirs = counts[..., 0], np.maximum(counts[..., 1], 1), np.maximum(counts[..., 2], 1)
     precision, recall = overlap / ours, overlap / theirs
     divisor = precision + recall + (1e-8 if rouge_ngrams == "set" else 0)
     return 100 * 2 * precision * recall / np.where(overlap > 0, divisor, 1)
 
 
-def score_terms(counts: dict[str, np.ndarray], settings: Settings) -> np.ndarray:
-    """All columns whose sums over answers give the scores, at both levels.
+def bleu_and_rouge(counts: np.ndarray, settings: Settings) -> np.ndarray:
+    """Score answers, or corpora: METRICS (..., 7) from counts (..., len(COUNTS))."""
+    scores = bleu(counts[..., _BLEU], settings.smoothing), rouge(counts[..., _ROUGE], settings.rouge_ngrams)
+    return np.concatenate(scores, axis=-1)
+
+
+def own_scores(counts: np.ndarray, settings: Settings) -> np.ndarray:
+    """Score each answer by itself: settings.own_metrics() (num_pairs, …) from counts (num_pairs, len(COUNTS))."""
+    scores = bleu_and_rouge(counts, settings)
+    if settings == LLAMAFACTORY:
+        return np.array([[round(score, 4) for score in row] for row in scores[:, 3:].tolist()]).reshape(-1, 4)
+    distinct = 100 * counts[:, _TYPES] / np.maximum(counts[:, _LENGTHS][:, :1], 1)
+    return np.hstack([scores, 100 * counts[:, _EXACT], distinct])
+
+
+def level_scores(sums: np.ndarray, num_pairs: int, settings: Settings) -> dict[tuple[str, str], np.ndarray]:
+    """Turn sums over answers into scores: {(level, metric): (...)}; LLaMA-Factory has no corpus level.
 
     Args:
-        counts: by tokenization, (num_pairs, len(COUNTS)).
-
-    Returns:
-        (num_pairs, columns); the last columns are each answer's own scores, 0 to 100.
+        sums: (..., columns) of counts and own scores, added up over num_pairs answers.
     """
-    if settings is LLAMAFACTORY:
-        characters, words = (counts[name] for name in settings.tokenizations())
-        own = bleu(bleu_terms(characters, "method3"), "method3")[:, 3:], rouge(rouge_terms(words, "set"), "set")
-        return np.array([[round(score, 4) for score in scores] for scores in np.hstack(own).tolist()]).reshape(-1, 4)
-    mine = counts[settings.tokenization]
-    for_bleu, for_rouge = bleu_terms(mine, settings.smoothing), rouge_terms(mine, settings.rouge_ngrams)
-    types = mine[:, [_PLACE["types1"], _PLACE["types2"]]]
-    own = [bleu(for_bleu, settings.smoothing), rouge(for_rouge, settings.rouge_ngrams), 100 * mine[:, -1:]]
-    distinct = 100 * types / np.maximum(mine[:, 4:5], 1)
-    return np.hstack([for_bleu, for_rouge, *own, distinct])
-
-
-def finish_scores(sums: np.ndarray, num_pairs: int, settings: Settings) -> dict[tuple[str, str], np.ndarray]:
-    """Turn columns of score_terms, added up over answers, into scores.
-
-    Args:
-        sums: (..., columns).
-
-    Returns:
-        {(level, metric): (...)}.
-    """
-    if settings is LLAMAFACTORY:
-        names = ("bleu-4", "rouge-1", "rouge-2", "rouge-l")
-        return {("mean", name): sums[..., place] / num_pairs for place, name in enumerate(names)}
-    for_bleu, for_rouge = sums[..., :_NUM_BLEU], sums[..., _NUM_BLEU : _NUM_BLEU + _NUM_ROUGE]
-    pooled = np.concatenate([bleu(for_bleu, settings.smoothing), rouge(for_rouge, settings.rouge_ngrams)], axis=-1)
-    found = {("corpus", name): pooled[..., place] for place, name in enumerate(METRICS)}
-    with np.errstate(divide="ignore", invalid="ignore"):
-        found["corpus", "length_ratio"] = sums[..., 8] / sums[..., 9]
-    means = sums[..., _NUM_BLEU + _NUM_ROUGE :] / num_pairs
-    return {**found, **{("mean", name): means[..., place] for place, name in enumerate(_MEANS)}}
+    found = {}
+    if settings != LLAMAFACTORY:
+        pooled = bleu_and_rouge(sums, settings)
+        found = {("corpus", name): pooled[..., place] for place, name in enumerate(METRICS)}
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found["corpus", "length_ratio"] = np.divide(*np.moveaxis(sums[..., _LENGTHS], -1, 0))
+    own = enumerate(settings.own_metrics(), len(COUNTS))
+    return {**found, **{("mean", name): sums[..., place] / num_pairs for place, name in own}}
 
 
 def resample_sums(terms: np.ndarray, num_resamples: int, seed: int) -> np.ndarray:
     """Add columns up over answers drawn with replacement (bootstrap; Koehn 2004 for translation).
 
-    Resample b takes the rows `rng.integers(n, size=n)`, the b-th such draw of `numpy.random.default_rng(seed)`.
-
-    Args:
-        terms: (num_pairs, columns).
-
-    Returns:
-        (num_resamples, columns).
+    Resample b takes the rows `rng.integers(n, size=n)`, the b-th such draw of `numpy.random.default_rng(seed)`;
+    terms (num_pairs, columns) give (num_resamples, columns).
     """
-    rng, num_pairs = np.random.default_rng(seed), len(terms)
-    sums = np.empty((num_resamples, terms.shape[1]))
-    batch = max(1, min(64, 2**21 // num_pairs))  # 16 MiB of weights
-    for start in range(0, num_resamples, batch):
-        rows = range(start, min(start + batch, num_resamples))
-        draws = (np.bincount(rng.integers(num_pairs, size=num_pairs), minlength=num_pairs) for _ in rows)
-        sums[rows.start : rows.stop] = np.stack([*draws]).astype(float) @ terms
-    return sums
+    rng, (num_pairs, width) = np.random.default_rng(seed), terms.shape
+    draws = (rng.integers(num_pairs, size=num_pairs) for _ in range(num_resamples))
+    sums = [np.bincount(draw, minlength=num_pairs).astype(float) @ terms for draw in draws]
+    return np.array(sums).reshape(num_resamples, width)
 
 
-def summarize(terms: np.ndarray, distinct, settings: Settings, num_resamples: int, seed: int) -> dict:
+class Counted:
+    """What is kept of many pairs that are scored in one way.
+
+    Attributes:
+        settings: the way.
+        terms: (pairs of a chunk, columns) each: counts, then the answers' own scores.
+        hashes: of distinct 1- and 2-grams of the predictions, 64 bits. Two of ten million n-grams share a hash with a
+            chance of one in 400,000.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings, self.terms, self.hashes = settings, [], ([], [])
+
+    def add(self, counts: np.ndarray, *hashes: np.ndarray) -> np.ndarray:
+        """Add what count_chunk found; return each answer's own scores."""
+        own = own_scores(counts, self.settings)
+        self.terms.append(np.hstack([counts, own]))
+        for kept, new in zip(self.hashes, hashes, strict=True):
+            kept.append(new)
+            if len(kept) > 128:  # now and then: it sorts all of them
+                kept[:] = [np.unique(np.concatenate(kept))]
+        return own
+
+    def scores(self, num_resamples: int, seed: int) -> tuple[dict, dict]:
+        """Score the corpus, and resamples of it: {(level, metric): score}, {(level, metric): (num_resamples,)}.
+
+        Distinct-n is that of arXiv:1510.03055: the distinct n-grams of all predictions by all of their tokens, for
+        n = 2 by tokens too. It is not resampled: with answers repeated, a resample is less diverse than the sample.
+        """
+        terms = np.concatenate(self.terms)
+        scores = level_scores(terms.sum(0), len(terms), self.settings)
+        spread = level_scores(resample_sums(terms, num_resamples, seed), len(terms), self.settings)
+        num_tokens = max(terms[:, _LENGTHS][:, 0].sum(), 1)
+        for n, kept in enumerate(self.hashes if self.settings != LLAMAFACTORY else (), 1):
+            scores["corpus", f"distinct{n}"] = 100 * len(np.unique(np.concatenate(kept))) / num_tokens
+        return scores, spread if num_resamples else {}
+
+
+def summarize(counted: Counted, num_resamples: int, seed: int) -> dict:
     """Score a corpus with its 95 % bootstrap intervals.
 
-    Args:
-        terms: (num_pairs, columns) of score_terms.
-        distinct: the corpus' Distinct-1 and Distinct-2; they have no interval, as a resample, which repeats answers,
-            is less diverse than the sample.
-
     Returns:
-        {level: {metric: {"score", "low", "high", "signature"}}}; low and high are None without resamples.
+        {level: {metric: {"score", "low", "high", "signature"}}}; low and high are None where there are no resamples.
     """
-    num_pairs = len(terms)
-    scores = finish_scores(terms.sum(0), num_pairs, settings)
-    sums = resample_sums(terms, num_resamples, seed)
-    spread = finish_scores(sums, num_pairs, settings) if num_resamples else {}
-    found = {level: {} for level in LEVELS if any(level == key[0] for key in scores)}
-    for (level, metric), score in scores.items():
-        low, high = np.percentile(spread[level, metric], [2.5, 97.5]) if spread else (math.nan, math.nan)
-        found[level][metric] = _entry(score, low, high, settings.signature(metric, level))
-    for metric, score in distinct.items():
-        found["corpus"][metric] = _entry(score, math.nan, math.nan, settings.signature(metric, "corpus"))
+    scores, spread = counted.scores(num_resamples, seed)
+    found = {}
+    for key, score in scores.items():
+        low, high = np.percentile(spread[key], [2.5, 97.5]) if key in spread else (math.nan, math.nan)
+        _enter(found, key, counted.settings, {"score": score, "low": low, "high": high})
     return found
 
 
-def _entry(score, low, high, signature):
-    score, low, high = (float(number) if math.isfinite(number) else None for number in (score, low, high))
-    return {"score": score, "low": low, "high": high, "signature": signature}
+def _enter(found, key, settings, numbers):
+    level, metric = key
+    numbers = {name: float(number) if math.isfinite(number) else None for name, number in numbers.items()}
+    found.setdefault(level, {})[metric] = {**numbers, "signature": settings.signature(metric, level)}
 
 
-def compare_terms(first: np.ndarray, second: np.ndarray, settings: Settings, num_resamples: int, seed: int) -> dict:
+def compare(first: Counted, second: Counted, num_resamples: int, seed: int) -> dict:
     """Compare two systems' answers to the same questions by paired bootstrap (Koehn 2004).
 
     Both are scored on the same resamples. p is two-sided: twice the share of resamples, one added, in which the
     difference does not have the sign it has on all answers; 1 where there is no difference.
 
-    Args:
-        first: (num_pairs, columns) of score_terms.
-        second: of the other system, the same rows.
-
     Returns:
         {level: {metric: {"first", "second", "difference", "low", "high", "p", "signature"}}}, difference is second -
         first, low and high its 95 % interval.
     """
-    num_pairs, width = first.shape
-    scores = [finish_scores(terms.sum(0), num_pairs, settings) for terms in (first, second)]
-    sums = resample_sums(np.hstack([first, second]), num_resamples, seed)
-    spread = [finish_scores(part, num_pairs, settings) for part in (sums[:, :width], sums[:, width:])]
-    found = {level: {} for level in LEVELS if any(level == key[0] for key in scores[0])}
-    for (level, metric), score in scores[0].items():
-        other = scores[1][level, metric]
-        differences = spread[1][level, metric] - spread[0][level, metric]
-        against = differences <= 0 if other > score else differences >= 0
-        chance = min(1.0, 2 * (1 + against.sum()) / (1 + num_resamples))
-        low, high = np.percentile(differences, [2.5, 97.5])
-        numbers = {"first": score, "second": other, "difference": other - score, "low": low, "high": high, "p": chance}
-        numbers = {name: float(number) if math.isfinite(number) else None for name, number in numbers.items()}
-        found[level][metric] = {**numbers, "signature": settings.signature(metric, level)}
+    assert num_resamples, "a comparison needs resamples"
+    scores, spread = first.scores(num_resamples, seed)
+    others, spread_of_others = second.scores(num_resamples, seed)
+    found = {}
+    for key in spread:
+        numbers = {"first": scores[key], "second": others[key], "difference": others[key] - scores[key]}
+        differences = spread_of_others[key] - spread[key]
+        numbers["low"], numbers["high"] = np.percentile(differences, [2.5, 97.5])
+        against = differences <= 0 if numbers["difference"] > 0 else differences >= 0
+        numbers["p"] = min(1.0, 2 * (1 + against.sum()) / (1 + num_resamples))
+        _enter(found, key, first.settings, numbers)
     return found
 
 
 # -- counting many pairs ---------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Distinct:
-    """The distinct 1- and 2-grams of many predictions, as 64-bit hashes, and the number of tokens.
-
-    Two of ten million n-grams share a hash with a chance of one in 400,000.
-    """
-
-    hashes: tuple[list, list] = field(default_factory=lambda: ([], []))
-    num_tokens: int = 0
-
-    def add(self, hashes: list[np.ndarray], num_tokens: int) -> None:
-        for kept, new in zip(self.hashes, hashes, strict=True):
-            kept.append(new)
-            if len(kept) > 1 and sum(map(len, kept[1:])) > max(len(kept[0]), 2**20):
-                kept[:] = [np.unique(np.concatenate(kept))]
-        self.num_tokens += num_tokens
-
-    def scores(self) -> dict[str, float]:
-        """Distinct-1 and Distinct-2: distinct n-grams by tokens (both by tokens: arXiv:1510.03055), times 100."""
-        sizes = [len(np.unique(np.concatenate(kept))) if kept else 0 for kept in self.hashes]
-        return {f"distinct{n}": 100 * size / max(self.num_tokens, 1) for n, size in enumerate(sizes, 1)}
-
-
-def count_chunk(pairs: list[tuple[str, str]], names: tuple[str, ...], lowercase: bool, nfkc: bool) -> dict:
-    """Count every pair of a chunk.
-
-    Returns:
-        {tokenization: (counts (num_pairs, len(COUNTS)), [hashes of distinct 1-grams, of 2-grams])}.
-    """
-    found = {}
-    for name in names:
+def count_chunk(pairs: list[tuple[str, str]], ways: list[Settings]) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return, for each way, counts (num_pairs, len(COUNTS)), and hashes of the predictions' 1-grams and 2-grams."""
+    found = []
+    for way in ways:
         rows, grams = [], (set(), set())
-        for prediction, reference in pairs:
-            tokens = tokenize(prediction, name, lowercase, nfkc)
-            counts = count_pair(tokens, tokenize(reference, name, lowercase, nfkc))
-            counts["exact"] = int(_folded(prediction, lowercase, nfkc) == _folded(reference, lowercase, nfkc))
-            rows.append([counts[column] for column in COUNTS])
-            if not name.startswith(LLAMAFACTORY.tokenization):  # which has no Distinct
-                grams[0].update(tokens)
-                grams[1].update(ngrams(tokens, 2))
-        grams = grams[0], map(" ".join, grams[1])
-        found[name] = np.array(rows, dtype=np.int64).reshape(-1, len(COUNTS)), [_hashes(kind) for kind in grams]
+        for pair in pairs:
+            pair = [way.fold(text) for text in pair]
+            tokens = [[tokenize(text, name) for text in pair] for name in way.tokenizations()]
+            counts = {**count_pair(tokens[0], tokens[-1], way), "exact": int(pair[0].strip() == pair[1].strip())}
+            rows.append([counts[name] for name in COUNTS])
+            for n, kept in enumerate(grams, 1):
+                kept.update(ngrams(tokens[0][0], n))
+        hashes = _hashes(grams[0]), _hashes(map(" ".join, grams[1]))
+        found.append((np.array(rows, dtype=float).reshape(-1, len(COUNTS)), *hashes))
     return found
 
 
-def _folded(text, lowercase, nfkc):
-    text = unicodedata.normalize("NFKC", text) if nfkc else text
-    return (text.lower() if lowercase else text).strip()
-
-
 def _hashes(grams):
-    digests = b"".join(
-        hashlib.blake2b(gram.encode("utf-8", "surrogatepass"), digest_size=8).digest() for gram in grams
-    )
-    return np.unique(np.frombuffer(digests, dtype=np.uint64))
+    digests = (hashlib.blake2b(gram.encode("utf-8", "surrogatepass"), digest_size=8).digest() for gram in grams)
+    return np.frombuffer(b"".join(digests), dtype=np.uint64)
 
 
-def count_all(
-    rows: Iterable, names: tuple[str, ...], lowercase: bool, nfkc: bool, num_workers: int
-) -> Iterator[tuple[list, dict]]:
-    """Count pairs chunk by chunk, in order, in several processes; few chunks are in memory at a time.
+def count_all(rows: Iterable, ways: list[Settings], num_workers: int) -> Iterator[tuple[list, list]]:
+    """Yield (rows of a chunk, count_chunk of those with a reference), in order; few chunks are in memory at a time.
 
     Args:
-        rows: with .prediction and .reference; those whose reference is None are passed on and not counted.
-
-    Yields:
-        (rows of a chunk, count_chunk of those with a reference).
+        num_workers: processes, but for a short file: starting one costs as much as some chunks.
     """
     rows = iter(rows)
     chunks = iter(lambda: list(itertools.islice(rows, CHUNK_SIZE)), [])
-    work = functools.partial(count_chunk, names=names, lowercase=lowercase, nfkc=nfkc)
+    chunks = (
+        (chunk, [(row.prediction, row.reference) for row in chunk if row.reference is not None]) for chunk in chunks
+    )
     first = list(itertools.islice(chunks, 8))
     chunks = itertools.chain(first, chunks)
-    if num_workers == 1 or len(first) < 8:  # starting a process costs as much as some chunks
-        for chunk in chunks:
-            yield chunk, work(_pairs(chunk))
+    if num_workers == 1 or len(first) < 8:
+        yield from ((chunk, count_chunk(pairs, ways)) for chunk, pairs in chunks)
         return
     context = multiprocessing.get_context("spawn")  # a forked process may inherit a lock that nobody opens
-    with ProcessPoolExecutor(num_workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        waiting = deque()
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(work, _pairs(chunk))))
+    # Ctrl-C is for this process, which ends the others: they inherit the mask of the thread that starts them, and no
+    # start is cut short, as Ctrl-C is raised in the main thread.
+    starter = ThreadPoolExecutor(1, "starter", signal.pthread_sigmask, (signal.SIG_BLOCK, {signal.SIGINT}))
+    pool = ProcessPoolExecutor(num_workers, context)
+    waiting = deque()
+    try:
+        for chunk, pairs in chunks:
+            waiting.append((chunk, starter.submit(pool.submit, count_chunk, pairs, ways)))
             if len(waiting) > 3 * num_workers:
                 chunk, counted = waiting.popleft()
-                yield chunk, counted.result()
+                yield chunk, counted.result().result()
         for chunk, counted in waiting:
-            yield chunk, counted.result()
-
-
-def _pairs(rows):
-    return [(row.prediction, row.reference) for row in rows if row.reference is not None]
+            yield chunk, counted.result().result()
+    finally:
+        starter.shutdown()
+        pool.shutdown(cancel_futures=True)
 
 
 def score_pairs(
     predictions: list[str],
     references: list[str],
-    tokenization: str = "mixed",
-    *,
-    smoothing: str = "method3",
-    rouge_ngrams: str = "set",
-    lowercase: bool = False,
-    nfkc: bool = False,
+    settings: Settings = Settings(),
     num_resamples: int = 1000,
     seed: int = 42,
-    num_workers: int = 1,
 ) -> dict:
-    """Score predictions against references.
+    """Score predictions against references, in this process.
 
     Args:
-        predictions: one text a pair.
-        references: as many.
-        tokenization: one of TOKENIZATIONS.
-        smoothing: of BLEU, one of SMOOTHINGS.
-        rouge_ngrams: "set" (rouge-chinese) or "count" (Lin 2004).
+        settings: how; LLAMAFACTORY for its four numbers.
         num_resamples: of the bootstrap; 0 for none.
-        num_workers: processes; above 1 the calling script needs `if __name__ == "__main__"`.
 
     Returns:
         {"num_pairs": …, "corpus": {metric: {"score", "low", "high", "signature"}}, "mean": {…}}; metrics are bleu1..4,
@@ -870,90 +699,74 @@ def score_pairs(
         100, but for the ratio.
 
     Raises:
-        ValueError: the lists differ in length or are empty, or a name is unknown.
+        ValueError: the lists differ in length or are empty, or the tokenization is unknown.
     """
-    settings = Settings(tokenization, smoothing, rouge_ngrams, lowercase, nfkc)
-    counts, distinct = _count_lists(predictions, references, settings, num_workers)
-    terms = score_terms(counts, settings)
-    scores = summarize(terms, distinct[tokenization].scores(), settings, num_resamples, seed)
-    return {"num_pairs": len(terms), **scores}
+    counted = _count_lists(predictions, references, settings)
+    return {"num_pairs": len(references), **summarize(counted, num_resamples, seed)}
 
 
 def compare_pairs(
     first: list[str],
     second: list[str],
     references: list[str],
-    tokenization: str = "mixed",
-    *,
-    smoothing: str = "method3",
-    rouge_ngrams: str = "set",
-    lowercase: bool = False,
-    nfkc: bool = False,
+    settings: Settings = Settings(),
     num_resamples: int = 1000,
     seed: int = 42,
-    num_workers: int = 1,
 ) -> dict:
-    """Compare two lists of answers to the same questions; arguments as in score_pairs, result as in compare_terms."""
-    settings = Settings(tokenization, smoothing, rouge_ngrams, lowercase, nfkc)
-    both = [_count_lists(predictions, references, settings, num_workers)[0] for predictions in (first, second)]
-    terms = [score_terms(counts, settings) for counts in both]
-    return {"num_pairs": len(references), **compare_terms(*terms, settings, num_resamples, seed)}
+    """Compare two lists of answers to the same questions; arguments as in score_pairs, result as in compare."""
+    both = (_count_lists(predictions, references, settings) for predictions in (first, second))
+    return {"num_pairs": len(references), **compare(*both, num_resamples, seed)}
 
 
-def llamafactory_scores(
-    predictions: list[str], references: list[str], *, num_resamples: int = 1000, seed: int = 42, num_workers: int = 1
-) -> dict:
-    """Score as LLaMA-Factory does; {"num_pairs": …, "mean": {"bleu-4", "rouge-1", "rouge-2", "rouge-l"}}.
-
-    BLEU-4 with smoothing method3 over characters, white space included; F of rouge-chinese over jieba's words, 0 where
-    a text has no word; each answer's score times 100, rounded to 4 digits, then averaged.
-    """
-    counts, _ = _count_lists(predictions, references, LLAMAFACTORY, num_workers)
-    terms = score_terms(counts, LLAMAFACTORY)
-    return {"num_pairs": len(terms), **summarize(terms, {}, LLAMAFACTORY, num_resamples, seed)}
-
-
-def _count_lists(predictions, references, settings, num_workers):
+def _count_lists(predictions, references, settings):
     if len(predictions) != len(references) or not predictions:
         raise ValueError(f"{len(predictions)} predictions and {len(references)} references; expected as many, above 0")
-    rows = (Row("", *pair) for pair in zip(predictions, references, strict=True))
-    names = settings.tokenizations()
-    pieces, distinct = {name: [] for name in names}, {name: Distinct() for name in names}
-    for _, counted in count_all(rows, names, settings.lowercase, settings.nfkc, num_workers):
-        for name, (counts, hashes) in counted.items():
-            pieces[name].append(counts)
-            distinct[name].add(hashes, int(counts[:, _PLACE["length"]].sum()))
-    return {name: np.concatenate(parts) for name, parts in pieces.items()}, distinct
+    counted, rows = Counted(settings), (Row("", *pair) for pair in zip(predictions, references, strict=True))
+    for _, found in count_all(rows, [settings], num_workers=1):
+        counted.add(*found[0])
+    return counted
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
+NOTED = {  # kinds of rows that are named, and what is said of them
+    "without_reference": "without a reference, not scored",
+    "empty_predictions": "with an empty prediction, which scores 0",
+    "empty_references": "with an empty reference, which scores 0",
+}
 
-@dataclass
+
 class Measured:
-    """What is kept of a file: numbers of every pair, and the texts of a few."""
+    """What is kept of a file: numbers of every pair, and the texts of a few.
 
-    path: str
-    num_rows: int = 0
-    without_reference: list[str] = field(default_factory=list)
-    num_without_reference: int = 0
-    empty_predictions: list[str] = field(default_factory=list)
-    num_empty_predictions: int = 0
-    empty_references: list[str] = field(default_factory=list)
-    num_empty_references: int = 0
-    finish_reasons: Counter = field(default_factory=Counter)
-    counts: dict[str, list] = field(default_factory=dict)
-    distinct: dict[str, Distinct] = field(default_factory=dict)
-    reference_hashes: list[int] = field(default_factory=list)
-    worst: list[tuple[float, Row]] = field(default_factory=list)
-    probes: list[Row] = field(default_factory=list)
+    Attributes:
+        summary: what --json says of the file; of each kind of NOTED {"count": …, "first": ["file:line", …]}.
+        counted: the pairs, in each way.
+        reference_hashes: one a row, to tell whether two files belong together.
+        worst: (ROUGE-L, row), lowest first.
+        probes: (random number, row) for check_against_libraries.
+    """
 
-    def note(self, kind: str, origin: str) -> None:
-        """Count a row of a kind, and name it if it is among the first."""
-        number = getattr(self, f"num_{kind}")
-        setattr(self, f"num_{kind}", number + 1)
-        if number < NAMED_ROWS:
-            getattr(self, kind).append(origin)
+    def __init__(self, path: str, ways: list[Settings], args: argparse.Namespace):
+        self.summary = {"file": path, "num_rows": 0, "num_pairs": 0}
+        self.summary |= {kind: {"count": 0, "first": []} for kind in NOTED}
+        self.summary |= {"finish_reasons": Counter(), "bootstrap": {"resamples": args.bootstrap, "seed": args.seed}}
+        self.counted = [Counted(way) for way in ways]
+        self.reference_hashes, self.worst, self.probes = [], [], []
+
+    def note(self, row: Row) -> None:
+        """Keep what is said about a row."""
+        self.summary["num_rows"] += 1
+        self.summary["num_pairs"] += row.reference is not None
+        self.reference_hashes.append(hash(row.reference))
+        if row.finish_reason is not None:
+            self.summary["finish_reasons"][str(row.finish_reason)] += 1
+        kinds = {"empty_predictions": row.prediction.strip() == "", "without_reference": row.reference is None}
+        kinds["empty_references"] = row.reference is not None and row.reference.strip() == ""
+        for kind in (kind for kind, true in kinds.items() if true):
+            self.summary[kind]["count"] += 1
+            if self.summary[kind]["count"] <= NAMED_ROWS:
+                self.summary[kind]["first"].append(row.origin)
 
 
 def measure_file(path: str, references: str | None, ways: list[Settings], args: argparse.Namespace) -> Measured:
@@ -962,276 +775,182 @@ def measure_file(path: str, references: str | None, ways: list[Settings], args: 
     Raises:
         ValueError: a row cannot be read, or no row has a reference.
     """
-    measured = Measured(path)
-    names = tuple(dict.fromkeys(name for way in ways for name in way.tokenizations()))
-    rows = _noted(read_rows(path, references, args.prediction_column, args.reference_column), measured, args)
-    measured.counts, measured.distinct = {name: [] for name in names}, {name: Distinct() for name in names}
-    with _whole_file(args.per_sample) as output:
-        for chunk, counted in count_all(rows, names, ways[0].lowercase, ways[0].nfkc, args.num_workers):
-            for name, (counts, hashes) in counted.items():
-                measured.counts[name].append(counts)
-                measured.distinct[name].add(hashes, int(counts[:, _PLACE["length"]].sum()))
-            own = [_own_scores({name: piece[0] for name, piece in counted.items()}, way) for way in ways]
-            _keep_worst(measured, chunk, own[0], args.worst)
+    from tqdm import tqdm
+
+    measured, rng = Measured(path, ways, args), np.random.default_rng(args.seed)
+    rows = tqdm(read_rows(path, references, args), desc=path, unit=" rows", mininterval=1, delay=2, disable=None)
+    with _whole_file(args.per_sample) if args.per_sample else contextlib.nullcontext() as output:
+        for chunk, found in count_all(rows, ways, args.num_workers):
+            own = [counted.add(*piece) for counted, piece in zip(measured.counted, found, strict=True)]
+            for row in chunk:
+                measured.note(row)
+            scored = [row for row in chunk if row.reference is not None]
+            rouge_l = own[0][:, ways[0].own_metrics().index("rouge-l" if args.compatible else "rougeL")]
+            measured.worst = _lowest(args.worst, measured.worst, rouge_l, scored)
+            measured.probes = _lowest(args.check, measured.probes, rng.random(len(scored)), scored)
             if output:
                 output.writelines(_sample_lines(chunk, own, ways))
-    if measured.num_rows == measured.num_without_reference:
+    if not measured.summary["num_pairs"]:
         raise ValueError(
-            f"{path}: none of {measured.num_rows} rows has a reference "
+            f"{path}: none of {measured.summary['num_rows']} rows has a reference "
             f"({args.reference_column or ' or '.join(REFERENCE_KEYS)}); name its column with --reference_column, or "
             f"another file with --references"
         )
-    measured.counts = {name: np.concatenate(pieces) for name, pieces in measured.counts.items()}
-    check_against_libraries(measured.probes, ways)
+    check_against_libraries([row for _, row in measured.probes], ways)
+    measured.summary["pairs_checked_with_nltk_and_rouge_chinese"] = len(measured.probes)
     return measured
 
 
-def _noted(rows, measured, args):
-    """Pass rows on; count them, keep what is said about them, and show the progress."""
-    from tqdm import tqdm
-
-    chance, total = random.Random(args.seed), _num_lines(measured.path)
-    for row in tqdm(rows, desc=measured.path, total=total, unit=" rows", mininterval=1, delay=2, disable=None):
-        measured.num_rows += 1
-        if args.compare:
-            reference = "" if row.reference is None else f"={row.reference}"
-            measured.reference_hashes.append(_hashes([reference]).item())
-        if row.finish_reason is not None:
-            measured.finish_reasons[str(row.finish_reason)] += 1
-        if not row.prediction.strip():
-            measured.note("empty_predictions", row.origin)
-        if row.reference is None:
-            measured.note("without_reference", row.origin)
-        else:
-            if not row.reference.strip():
-                measured.note("empty_references", row.origin)
-            seen = measured.num_rows - measured.num_without_reference
-            place = chance.randrange(seen)  # reservoir sampling: every pair with the same chance
-            if len(measured.probes) < args.check:
-                measured.probes.append(row)
-            elif place < args.check:
-                measured.probes[place] = row
-        yield row
-
-
-def _num_lines(path):
-    """Lines of a file, for the progress bar; None where they are not the rows, or can be read only once."""
-    if not os.path.isfile(path) or path.endswith((".gz", ".csv", ".tsv")):
-        return None
-    with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
-
-
-def _own_scores(counts, settings):
-    """Each answer's own scores: {metric: (num_pairs,)}."""
-    terms = score_terms(counts, settings)
-    return {metric: values for (level, metric), values in finish_scores(terms, 1, settings).items() if level == "mean"}
-
-
-def _keep_worst(measured, rows, own, number):
-    scores = own.get("rougeL", own.get("rouge-l")).tolist()
-    scored = [row for row in rows if row.reference is not None]
-    new = zip(scores, scored, strict=True)
-    measured.worst = heapq.nsmallest(number, itertools.chain(measured.worst, new), key=lambda item: item[0])
+def _lowest(number, kept, keys, rows):
+    return heapq.nsmallest(number, [*kept, *zip(keys.tolist(), rows, strict=True)], key=lambda item: item[0])
 
 
 def _sample_lines(rows, own, ways):
     """A line of JSON for every row, with null scores where there is no reference."""
-    place = 0
+    names = [way.signature(metric, "mean") for way in ways for metric in way.own_metrics()]
+    scores = iter(np.hstack(own).tolist())
     for row in rows:
         line = {"index": row.index, "origin": row.origin, "scores": None}
         if row.reference is not None:
-            line["scores"] = {
-                way.signature(metric, "mean"): float(values[place])
-                for way, metrics in zip(ways, own, strict=True)
-                for metric, values in metrics.items()
-            }
-            place += 1
+            line["scores"] = dict(zip(names, next(scores), strict=True))
         yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
-class _whole_file:
-    """A file to write that appears under its name when all is written; None where there is no name."""
-
-    def __init__(self, path):
-        self.path, self.file = path, None
-
-    def __enter__(self):
-        if self.path:
-            self.file = open(f"{self.path}.tmp", "w", encoding="utf-8")
-        return self.file
-
-    def __exit__(self, kind, error, trace):
-        if self.path:
-            self.file.close()
-            os.remove(f"{self.path}.tmp") if kind else os.replace(f"{self.path}.tmp", self.path)
+@contextlib.contextmanager
+def _whole_file(path):
+    """A file to write, which appears under its name when all is written."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_against_libraries(rows: list[Row], ways: list[Settings]) -> None:
-    """Let jieba, nltk and rouge-chinese themselves cut and score some pairs too.
+    """Let nltk and rouge-chinese themselves score some pairs too.
 
     Raises:
         ValueError: they come to other numbers.
     """
     for way, row in itertools.product(ways, rows):
-        if not way.smoothing.startswith("method") or way.rouge_ngrams != "set":  # not theirs; the counts are the same
+        if not way.smoothing.startswith("method") or way.rouge_ngrams != "set":  # ways that they do not know
             way = replace(way, smoothing="method3", rouge_ngrams="set")
-        counted = count_chunk([(row.prediction, row.reference)], way.tokenizations(), way.lowercase, way.nfkc)
-        own = _own_scores({name: piece[0] for name, piece in counted.items()}, way)
-        names = ("bleu-4", "rouge-1", "rouge-2", "rouge-l") if way is LLAMAFACTORY else ("bleu4", *METRICS[4:])
-        found = [float(own[name][0]) for name in names]
+        counts = count_chunk([(row.prediction, row.reference)], [way])[0][0]
+        found = bleu_and_rouge(counts, way)[0, 3:].tolist()
         expected = library_scores(row.prediction, row.reference, way)
-        if not np.allclose(found, expected, rtol=0, atol=1e-4 if way is LLAMAFACTORY else 1e-6):
+        if not np.allclose(found, expected, rtol=0, atol=1e-6):
             raise ValueError(
-                f"{row.origin}: {', '.join(names)} are {found} here and {expected} by nltk and rouge-chinese "
+                f"{row.origin}: {', '.join(METRICS[3:])} are {found} here and {expected} by nltk and rouge-chinese "
                 f"({way.tokenization}); please report this row, and go on with --check 0"
             )
 
 
 def library_scores(prediction: str, reference: str, settings: Settings) -> list[float]:
     """Let nltk and rouge-chinese score a pair: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L, times 100."""
+    import jieba
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
     from rouge_chinese import Rouge, rouge_score
 
-    names, texts = settings.tokenizations(), (prediction, reference)
-    for text in texts if names[-1] in USES_JIEBA else ():
-        if cut_words(text) != load_jieba().lcut(text):
-            raise ValueError(f"{text!r} is cut into other words than jieba's; please report it")
-    ours, theirs = (tokenize(text, names[0], settings.lowercase, settings.nfkc) for text in texts)
+    texts = settings.fold(prediction), settings.fold(reference)
+    ours, theirs = (tokenize(text, settings.tokenizations()[0]) for text in texts)
     found = [sentence_bleu([theirs], ours, smoothing_function=getattr(SmoothingFunction(), settings.smoothing))]
-    if settings is LLAMAFACTORY:
-        ours, theirs = (" ".join(load_jieba().lcut(text)) for text in texts)
-        scores = Rouge().get_scores(ours, theirs)[0].values() if ours.split() and theirs.split() else [{"f": 0}] * 3
+    scores = [{"f": 0}] * 3
+    if settings == LLAMAFACTORY:
+        ours, theirs = (" ".join(jieba.lcut(text)) for text in texts)
+        if ours.split() and theirs.split():
+            scores = Rouge().get_scores(ours, theirs)[0].values()
     elif ours and theirs:
         ours, theirs = [" ".join(ours)], [" ".join(theirs)]
         scores = [rouge_score.rouge_n(ours, theirs, 1), rouge_score.rouge_n(ours, theirs, 2)]
         scores.append(rouge_score.rouge_l_summary_level(ours, theirs))
-    else:
-        scores = [{"f": 0}] * 3
     return [100 * float(score) for score in (*found, *(score["f"] for score in scores))]
 
 
-def score_file(measured: Measured, ways: list[Settings], args: argparse.Namespace) -> dict:
+def score_file(measured: Measured, args: argparse.Namespace) -> dict:
     """Score what measure_file counted; the object that --json prints."""
-    found = describe(measured, args)
-    for way in ways:
-        distinct = {} if way is LLAMAFACTORY else measured.distinct[way.tokenization].scores()
-        terms = score_terms(measured.counts, way)
-        found["scores"][way.tokenization] = summarize(terms, distinct, way, args.bootstrap, args.seed)
-    found["worst"] = [
-        {"score": score, "origin": row.origin, "prediction": row.prediction, "reference": row.reference}
-        for score, row in measured.worst
-    ]
-    return found
+    scores = {one.settings.tokenization: summarize(one, args.bootstrap, args.seed) for one in measured.counted}
+    kept = ("origin", "prediction", "reference")
+    worst = [{"score": score, **{name: getattr(row, name) for name in kept}} for score, row in measured.worst]
+    return {**measured.summary, "scores": scores, "worst": worst}
 
 
-def describe(measured: Measured, args: argparse.Namespace) -> dict:
-    """What was read, in numbers, with the first rows of each kind by file and line."""
-    kinds = ("without_reference", "empty_predictions", "empty_references")
-    return {
-        "file": measured.path,
-        "num_rows": measured.num_rows,
-        "num_pairs": measured.num_rows - measured.num_without_reference,
-        **{kind: {"count": getattr(measured, f"num_{kind}"), "first": getattr(measured, kind)} for kind in kinds},
-        "finish_reasons": dict(measured.finish_reasons),
-        "bootstrap": {"resamples": args.bootstrap, "seed": args.seed},
-        "pairs_checked_with_nltk_and_rouge_chinese": len(measured.probes),
-        "scores": {},
-    }
-
-
-def compare_files(first: Measured, second: Measured, ways: list[Settings], args: argparse.Namespace) -> dict:
+def compare_files(first: Measured, second: Measured, args: argparse.Namespace) -> dict:
     """Compare what measure_file counted of two files; the object that --json prints.
 
     Raises:
         ValueError: the references are not the same, row by row.
     """
-    if first.num_rows != second.num_rows:
-        raise ValueError(
-            f"{first.path} has {first.num_rows} rows, {second.path} {second.num_rows}; --compare needs answers to the "
-            f"same questions in the same order"
-        )
+    name, other = (measured.summary["file"] for measured in (first, second))
+    needed = "--compare needs answers to the same questions in the same order"
+    if (rows := len(first.reference_hashes)) != (other_rows := len(second.reference_hashes)):
+        raise ValueError(f"{name} has {rows} rows, {other} {other_rows}; {needed}")
     for number, pair in enumerate(zip(first.reference_hashes, second.reference_hashes, strict=True), 1):
         if pair[0] != pair[1]:
-            raise ValueError(
-                f"row {number} has another reference in {first.path} than in {second.path}; --compare needs answers "
-                f"to the same questions in the same order"
-            )
-    found = {"first": describe(first, args), "second": describe(second, args), "scores": {}}
-    for way in ways:
-        terms = [score_terms(measured.counts, way) for measured in (first, second)]
-        found["scores"][way.tokenization] = compare_terms(*terms, way, args.bootstrap, args.seed)
-    for side in ("first", "second"):
-        del found[side]["scores"]
-    return found
+            raise ValueError(f"row {number} has another reference in {name} than in {other}; {needed}")
+    both = zip(first.counted, second.counted, strict=True)
+    scores = {one.settings.tokenization: compare(one, two, args.bootstrap, args.seed) for one, two in both}
+    return {"first": first.summary, "second": second.summary, "scores": scores}
 
 
 # -- report ----------------------------------------------------------------------------------------------------------
 
 
-def description_text(found: dict) -> list[str]:
+def description_text(summary: dict) -> list[str]:
     """The lines about a file that stand before its scores."""
-    lines = [f"{found['file']}: {found['num_rows']:,} rows, {found['num_pairs']:,} pairs scored"]
-    says = {
-        "without_reference": "without a reference, not scored",
-        "empty_predictions": "with an empty prediction, which scores 0",
-        "empty_references": "with an empty reference, which scores 0",
-    }
-    for kind, text in says.items():
-        count, first = found[kind]["count"], found[kind]["first"]
+    lines = [f"{summary['file']}: {summary['num_rows']:,} rows, {summary['num_pairs']:,} pairs scored"]
+    for kind, text in NOTED.items():
+        count, first = summary[kind]["count"], summary[kind]["first"]
         if count:
-            more = ", …" if count > len(first) else ""
-            lines.append(f"  {count:,} {text}: {', '.join(first)}{more}")
-    if found["finish_reasons"]:
-        lines.append("  finish_reason: " + ", ".join(f"{name} {n:,}" for name, n in found["finish_reasons"].items()))
+            lines.append(f"  {count:,} {text}: {', '.join(first)}{', …' * (count > len(first))}")
+    if summary["finish_reasons"]:
+        reasons = (f"{name} {count:,}" for name, count in summary["finish_reasons"].items())
+        lines.append(f"  finish_reason: {', '.join(reasons)}")
     return lines
 
 
 def report_text(found: dict) -> str:
     """The table for one file, and its worst answers."""
-    lines = description_text(found)
-    if found["bootstrap"]["resamples"]:
-        resamples, seed = found["bootstrap"]["resamples"], found["bootstrap"]["seed"]
-        lines.append(f"  intervals: 95 % of {resamples:,} bootstrap resamples, seed {seed}")
-    checked = found["pairs_checked_with_nltk_and_rouge_chinese"]
-    if checked:
+    lines, bootstrap = description_text(found), found["bootstrap"]
+    if bootstrap["resamples"]:
+        lines.append(f"  intervals: 95 % of {bootstrap['resamples']:,} bootstrap resamples, seed {bootstrap['seed']}")
+    if checked := found["pairs_checked_with_nltk_and_rouge_chinese"]:
         lines.append(f"  checked: {checked} pairs scored by nltk and rouge-chinese as well, with equal results")
     lines += ["", f"{'score':>8}  {'95 % interval':^17}  signature"]
-    for scores in found["scores"].values():
-        for entry in (entry for level in scores.values() for entry in level.values()):
-            digits = 3 if entry["signature"].startswith("length_ratio") else 2
-            interval = "" if entry["low"] is None else f"{entry['low']:.{digits}f} – {entry['high']:.{digits}f}"
-            score = "none" if entry["score"] is None else f"{entry['score']:.{digits}f}"
-            lines.append(f"{score:>8}  {interval:^17}  {entry['signature']}")
+    for entry, digits in _entries(found):
+        interval = "" if entry["low"] is None else f"{entry['low']:.{digits}f} – {entry['high']:.{digits}f}"
+        score = "none" if entry["score"] is None else f"{entry['score']:.{digits}f}"
+        lines.append(f"{score:>8}  {interval:^17}  {entry['signature']}")
     if found["worst"]:
         lines += ["", "lowest ROUGE-L:"]
     for item in found["worst"]:
         lines.append(f"{item['score']:8.2f}  {item['origin']}")
-        lines += [f"          {name + ':':<11} {_shortened(item[name])}" for name in ("prediction", "reference")]
+        for name in ("prediction", "reference"):
+            text = " ".join(item[name].split())
+            lines.append(f"          {name + ':':<11} {text if len(text) <= 90 else text[:89] + '…'}")
     return "\n".join(lines)
-
-
-def _shortened(text, limit=90):
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def comparison_text(found: dict) -> str:
     """The table for two files."""
     lines = ["A: " + "\n".join(description_text(found["first"])), "B: " + "\n".join(description_text(found["second"]))]
-    resamples, seed = found["first"]["bootstrap"]["resamples"], found["first"]["bootstrap"]["seed"]
+    resamples, seed = found["first"]["bootstrap"].values()
     lines.append(f"difference with its 95 % interval, and two-sided p: {resamples:,} paired resamples, seed {seed}")
     lines += ["", f"{'A':>8}{'B':>8}{'B - A':>8}  {'95 % interval':^17}  {'p':>6}  signature"]
-    for scores in found["scores"].values():
-        for entry in (entry for level in scores.values() for entry in level.values()):
-            if None in entry.values():
-                continue
-            digits = 3 if entry["signature"].startswith("length_ratio") else 2
+    for entry, digits in _entries(found):
+        if None not in entry.values():
             numbers = "".join(f"{entry[name]:>8.{digits}f}" for name in ("first", "second"))
             numbers += f"{entry['difference']:>+8.{digits}f}"
             interval = f"{entry['low']:+.{digits}f} – {entry['high']:+.{digits}f}"
             lines.append(f"{numbers}  {interval:^17}  {entry['p']:6.3f}  {entry['signature']}")
     return "\n".join(lines)
+
+
+def _entries(found):
+    """All entries, with the digits to show of each."""
+    levels = (level for scores in found["scores"].values() for level in scores.values())
+    return ((entry, 3 if metric == "length_ratio" else 2) for level in levels for metric, entry in level.items())
 
 
 if __name__ == "__main__":

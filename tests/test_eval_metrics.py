@@ -1,26 +1,29 @@
 """eval_metrics.py: its numbers against nltk, sacrebleu, rouge-chinese, rouge-score and work by hand; its files."""
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT, write_jsonl
 
 import eval_metrics
 from eval_metrics import (
     LLAMAFACTORY,
-    SMOOTHINGS,
     TOKENIZATIONS,
     Settings,
     compare_pairs,
     cut_words,
-    llamafactory_scores,
     longest_common_subsequence,
     score_pairs,
     tokenize,
@@ -54,6 +57,7 @@ PAIRS = [
 ]
 # Three pairs whose numbers under other packages are frozen below, so that the comparison needs no package.
 FROZEN = [PAIRS[0], PAIRS[2], PAIRS[3]]
+KINDS = ["rouge1", "rouge2", "rougeL"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def split(pairs, tokenization):
 def scores(pairs, tokenization="mixed", level="corpus", **options):
     """{metric: score} without intervals."""
     predictions, references = zip(*pairs, strict=True)
-    found = score_pairs(predictions, references, tokenization, num_resamples=0, **options)
+    found = score_pairs(predictions, references, Settings(tokenization, **options), num_resamples=0)
     return {metric: entry["score"] for metric, entry in found[level].items()}
 
 
@@ -107,17 +111,17 @@ def test_what_a_token_is(tokenization, text, expected):
 
 def test_case_and_width_are_folded_only_on_demand():
     assert tokenize("ＣＴ检查Ａ", "mixed") == ["Ｃ", "Ｔ", "检", "查", "Ａ"]
-    assert tokenize("ＣＴ检查Ａ", "mixed", nfkc=True, lowercase=True) == ["ct", "检", "查", "a"]
+    assert tokenize(Settings(nfkc=True, lowercase=True).fold("ＣＴ检查Ａ"), "mixed") == ["ct", "检", "查", "a"]
     assert [scores([(text, "a")], level="mean")["exact_match"] for text in ("Ａ", "A", "ａ", "a")] == [0, 0, 0, 100]
     assert scores([("Ａ", "a")], level="mean", nfkc=True, lowercase=True)["exact_match"] == 100
 
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="'word' is unknown; known: mixed, mixed-word"):
-        tokenize("text", "word")
+        score_pairs(["a"], ["a"], Settings("word"))
     for option in ("smoothing", "rouge_ngrams"):
-        with pytest.raises(ValueError, match="'x' is unknown; known: "):
-            score_pairs(["a"], ["a"], **{option: "x"})
+        with pytest.raises(ValueError, match=f"{option} 'x' is unknown; known: "):
+            Settings(**{option: "x"})
 
 
 def test_mixed_is_zh_and_en_word_13a_and_zh_char_char_of_sacrebleu(texts):
@@ -132,12 +136,10 @@ def test_mixed_is_zh_and_en_word_13a_and_zh_char_char_of_sacrebleu(texts):
 
 
 def test_words_are_jiebas(texts):
-    jieba = pytest.importorskip("jieba")
-    jieba.setLogLevel(60)
-    everything = [text for pair in texts for text in pair]
-    rng, characters = random.Random(0), "".join(everything)
-    shuffled = ["".join(rng.choices(characters, k=40)) for _ in range(300)]
-    for text in [*everything, *shuffled, "", "C++", "5.5%", "........", "a_b-c.d+e#f&g"]:
+    import jieba
+
+    assert cut_words("高血压 患者，\n5.5%") == ["高血压", " ", "患者", "，", "\n", "5.5%"]
+    for text in [*itertools.chain(*texts), "C++", "........", "a_b-c.d+e#f&g"]:
         assert cut_words(text) == jieba.lcut(text), text
 
 
@@ -196,10 +198,13 @@ def test_bleu_is_sacrebleus(tokenization, name, smoothing, theirs, texts):
         assert scores([pair], tokenization, smoothing=smoothing)["bleu4"] == pytest.approx(alone, abs=1e-9), pair
 
 
-def test_frozen_numbers_of_sacrebleu():
+def test_frozen_numbers_of_sacrebleu_and_rouge_score():
     # sacrebleu 2.6.0: corpus_bleu(predictions, [references], tokenize="zh" and "13a", smooth_method="exp")
     assert scores(FROZEN, "mixed", smoothing="exp")["bleu4"] == pytest.approx(9.057883903246806, abs=1e-9)
     assert scores(FROZEN, "en-word", smoothing="exp")["bleu4"] == pytest.approx(6.608217507882084, abs=1e-9)
+    # rouge-score 0.1.2, F of RougeScorer with tokenize(text, "mixed"), mean of three pairs
+    found = scores(FROZEN, "mixed", "mean", rouge_ngrams="count")
+    assert [found[kind] for kind in KINDS] == pytest.approx([47.86967418546366, 21.38047138047138, 38.64661654135338])
 
 
 def test_an_answer_too_short_for_an_ngram_has_one_that_misses_by_nltk_and_none_by_sacrebleu():
@@ -232,19 +237,21 @@ def test_rouge_ngrams_by_hand():
 
 @pytest.mark.parametrize("tokenization", ["mixed", "zh-word", "en-word"])
 def test_rouge_is_rouge_chineses(tokenization, texts):
-    from rouge_chinese import rouge_score
+    from rouge_chinese import rouge_score as rouge_chinese
 
-    alone = []
-    for pair, ours, theirs in zip(texts, *split(texts, tokenization), strict=True):
-        found, expected = scores([pair], tokenization, "mean"), [0, 0, 0]
-        if ours and theirs:
-            ours, theirs = [" ".join(ours)], [" ".join(theirs)]
-            expected = [rouge_score.rouge_n(ours, theirs, n)["f"] for n in (1, 2)]
-            expected.append(rouge_score.rouge_l_summary_level(ours, theirs)["f"])
-        alone.append([100 * score for score in expected])
-        assert [found[name] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(alone[-1], abs=1e-9), pair
+    def by_rouge_chinese(ours, theirs):
+        if not ours or not theirs:
+            return [0, 0, 0]
+        sides = [" ".join(ours)], [" ".join(theirs)]
+        found = [*(rouge_chinese.rouge_n(*sides, n) for n in (1, 2)), rouge_chinese.rouge_l_summary_level(*sides)]
+        return [100 * score["f"] for score in found]
+
+    alone = [by_rouge_chinese(*pair) for pair in zip(*split(texts, tokenization), strict=True)]
+    for pair, expected in zip(texts, alone, strict=True):
+        found = scores([pair], tokenization, "mean")
+        assert [found[kind] for kind in KINDS] == pytest.approx(expected, abs=1e-9), pair
     found = scores(texts, tokenization, "mean")
-    assert [found[name] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(np.mean(alone, axis=0), abs=1e-9)
+    assert [found[kind] for kind in KINDS] == pytest.approx(np.mean(alone, axis=0), abs=1e-9)
 
 
 @pytest.mark.parametrize("tokenization", ["mixed", "zh-word", "en-word"])
@@ -255,22 +262,11 @@ def test_rouge_is_rouge_scores(tokenization, texts):
         def tokenize(self, text):
             return tokenize(text, tokenization)
 
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = rouge_scorer.RougeScorer(kinds, tokenizer=Splitter())
+    scorer = rouge_scorer.RougeScorer(KINDS, tokenizer=Splitter())
     for prediction, reference in texts:
-        expected = scorer.score(reference, prediction)
+        expected = [100 * score.fmeasure for score in scorer.score(reference, prediction).values()]
         found = scores([(prediction, reference)], tokenization, "mean", rouge_ngrams="count")
-        assert [found[kind] for kind in kinds] == pytest.approx(
-            [100 * expected[kind].fmeasure for kind in kinds], abs=1e-9
-        )
-
-
-def test_frozen_numbers_of_rouge_score():
-    # rouge-score 0.1.2, F of RougeScorer with tokenize(text, "mixed"), mean of three pairs
-    found = scores(FROZEN, "mixed", "mean", rouge_ngrams="count")
-    assert [found[kind] for kind in ("rouge1", "rouge2", "rougeL")] == pytest.approx(
-        [47.86967418546366, 21.38047138047138, 38.64661654135338], abs=1e-9
-    )
+        assert [found[kind] for kind in KINDS] == pytest.approx(expected, abs=1e-9)
 
 
 def test_corpus_rouge_pools_the_counts():
@@ -301,27 +297,28 @@ def test_exact_match_distinct_and_length_ratio_by_hand():
     assert corpus["distinct2"] == pytest.approx(100 * 3 / 8)  # 多多 多喝 喝水, by tokens
     assert mean["distinct1"] == pytest.approx(100 * (3 / 4 + 1 + 1) / 3)
     assert mean["distinct2"] == pytest.approx(100 * (3 / 4 + 2 / 3 + 0) / 3)
+    assert scores([("ab c", ""), ("a bc", "")], "en-word")["distinct2"] == 100 * 2 / 4
 
 
-def test_distinct_of_many_chunks_is_that_of_all_texts():
+def test_distinct_of_many_chunks_is_that_of_all_texts(monkeypatch):
+    monkeypatch.setattr(eval_metrics, "CHUNK_SIZE", 2)
     rng = random.Random(0)
-    predictions = ["".join(rng.choices("甲乙丙丁戊己庚辛壬癸", k=3)) for _ in range(600)]
-    found = score_pairs(predictions, predictions, "zh-char", num_resamples=0)["corpus"]
-    assert found["distinct1"]["score"] == pytest.approx(100 * 10 / 1800)
+    predictions = ["".join(rng.choices("甲乙丙丁戊己庚辛壬癸", k=3)) for _ in range(598)]
+    predictions = ["子丑寅", *predictions, "卯辰巳"]
+    found = score_pairs(predictions, predictions, Settings("zh-char"), num_resamples=0)["corpus"]
+    assert found["distinct1"]["score"] == pytest.approx(100 * 16 / 1800)
     pairs = {text[i : i + 2] for text in predictions for i in (0, 1)}
     assert found["distinct2"]["score"] == pytest.approx(100 * len(pairs) / 1800)
 
 
 def test_every_number_has_its_own_signature():
-    found = [score_pairs(["a b"], ["a c"], name, num_resamples=2) for name in TOKENIZATIONS]
-    found += [score_pairs(["a b"], ["a c"], smoothing=name, num_resamples=2) for name in SMOOTHINGS[:1]]
-    found += [score_pairs(["a b"], ["a c"], lowercase=True, rouge_ngrams="count", num_resamples=2)]
+    ways = [*map(Settings, TOKENIZATIONS), Settings(smoothing="none"), Settings(lowercase=True, rouge_ngrams="count")]
+    found = [score_pairs(["a b"], ["a c"], way, num_resamples=2) for way in ways]
     signatures = [entry["signature"] for one in found for level in ("corpus", "mean") for entry in one[level].values()]
     assert "bleu4|zh-char|smooth:method3|corpus|v1" in signatures
     assert "rouge2|mixed|lower|ngrams:count|f1|mean|v1" in signatures
     assert "rougeL|zh-word|f1|mean|jieba:0.42.1|v1" in signatures
-    apart = {(i, signature) for i, signature in enumerate(signatures)}
-    assert len(apart) == len(signatures) and len(set(signatures)) > 5 * 17
+    assert len(set(signatures)) > 5 * 17
     for one in found:
         mine = [entry["signature"] for level in ("corpus", "mean") for entry in one[level].values()]
         assert len(set(mine)) == len(mine) == 20
@@ -344,7 +341,7 @@ def test_llamafactory_is_its_published_formula(texts):
             expected[name].append(round(score["f"] * 100, 4))
         score = sentence_bleu([list(reference)], list(prediction), smoothing_function=SmoothingFunction().method3)
         expected["bleu-4"].append(round(score * 100, 4))
-    found = llamafactory_scores(*zip(*pairs, strict=True), num_resamples=0)["mean"]
+    found = score_pairs(*zip(*pairs, strict=True), LLAMAFACTORY, num_resamples=0)["mean"]
     for name, numbers in expected.items():
         assert found[name]["score"] == pytest.approx(np.mean(numbers), abs=1e-9), name
 
@@ -370,14 +367,6 @@ def test_intervals_are_those_of_resampling_the_texts():
     for entry, drawn in zip(entries, numbers.values(), strict=True):
         assert [entry["low"], entry["high"]] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=1e-9)
         assert entry["low"] < entry["score"] < entry["high"]
-
-
-def test_the_batches_of_resamples_do_not_matter(monkeypatch):
-    terms = np.random.default_rng(0).normal(size=(50, 3))
-    found = eval_metrics.resample_sums(terms, 150, seed=1)
-    rng = np.random.default_rng(1)
-    expected = [terms[rng.integers(50, size=50)].sum(0) for _ in range(150)]
-    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_an_interval_holds_the_truth_about_as_often_as_it_says():
@@ -410,7 +399,9 @@ def test_the_paired_bootstrap_is_that_of_resampling_the_texts():
 def test_equal_systems_do_not_differ_and_opposite_ones_mirror():
     predictions, references = zip(*PAIRS[:8], strict=True)
     same = compare_pairs(predictions, predictions, references, num_resamples=50)
-    assert all(entry["p"] == 1 and entry["difference"] == 0 for entry in same["corpus"].values())
+    entries = [*same["corpus"].values(), *same["mean"].values()]
+    assert len(entries) == 18 and all(entry["p"] == 1 and entry["difference"] == 0 for entry in entries)
+    assert all(entry["low"] == entry["high"] == 0 for entry in entries)
     there, back = (
         compare_pairs(*sides, references, num_resamples=200)["corpus"]["rouge1"]
         for sides in ((predictions, references), (references, predictions))
@@ -430,13 +421,6 @@ def test_a_small_difference_among_few_answers_is_no_proof():
 # -- many pairs ------------------------------------------------------------------------------------------------------
 
 
-def test_processes_do_not_change_a_number():
-    pairs = PAIRS * 100
-    predictions, references = zip(*pairs, strict=True)
-    alone, together = (score_pairs(predictions, references, num_resamples=10, num_workers=n) for n in (1, 2))
-    assert alone == together
-
-
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_a_long_file_is_read_as_it_is_counted(num_workers):
     read = 0
@@ -447,7 +431,7 @@ def test_a_long_file_is_read_as_it_is_counted(num_workers):
             read += 1
             yield eval_metrics.Row("", "是", "是")
 
-    counted = eval_metrics.count_all(rows(), ("zh-char",), False, False, num_workers)
+    counted = eval_metrics.count_all(rows(), [Settings("zh-char")], num_workers)
     next(counted)
     assert read <= 16 * eval_metrics.CHUNK_SIZE
     assert sum(len(chunk) for chunk, _ in counted) == 39 * eval_metrics.CHUNK_SIZE
@@ -471,7 +455,7 @@ def run(*flags):
 
 def measure(capsys, *flags):
     """The JSON of a run in this process."""
-    eval_metrics.main(eval_metrics.parse_args([*map(str, flags), "--json", "--num_workers", "1"]))
+    eval_metrics.main(eval_metrics.parse_args(["--json", "--num_workers", "1", *map(str, flags)]))
     return json.loads(capsys.readouterr().out)
 
 
@@ -626,6 +610,75 @@ def test_per_sample_has_a_line_for_every_row(predictions, tmp_path, capsys):
         assert own[0] == pytest.approx(scores(PAIRS[:1], name)["rougeL"])
 
 
+def test_processes_do_not_change_a_number(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", [{"prediction": p, "reference": r} for p, r in PAIRS * 100])
+    flags = [tmp_path / "a.jsonl", "--tokenization", "mixed,en-word", "--bootstrap", "10"]
+    samples = [tmp_path / f"{num_workers}.jsonl" for num_workers in (1, 2)]
+    alone, together = (measure(capsys, *flags, "--per_sample", path, "--num_workers", path.stem) for path in samples)
+    assert alone == together and samples[0].read_text() == samples[1].read_text()
+
+
+@pytest.fixture
+def long_run(tmp_path):
+    """A parallel run that has read 16 chunks and waits for more, and --per_sample's file as it is written."""
+    os.symlink("/dev/stdin", tmp_path / "a.jsonl")
+    command = [sys.executable, str(ROOT / "eval_metrics.py"), str(tmp_path / "a.jsonl"), "--num_workers", "2"]
+    command += ["--per_sample", str(tmp_path / "samples.jsonl"), "--bootstrap", "0", "--check", "0"]
+    pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+    run = subprocess.Popen(command, text=True, start_new_session=True, pipesize=2**20, **pipes)  # all rows fit in
+    run.stdin.write('{"prediction": "drink water", "reference": "drink warm water"}\n' * 16 * eval_metrics.CHUNK_SIZE)
+    run.stdin.flush()
+    yield run, tmp_path / "samples.jsonl.tmp"
+    for process in processes(run.pid):
+        process.kill()
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_ctrl_c_ends_all_processes_with_one_line_and_no_file(long_run, at_work):
+    """As in a terminal every process gets the signal: while the first starts that counts, or when it has counted."""
+    run, samples = long_run
+    wait_for(lambda: len(processes(run.pid)) >= 3)  # itself, its resource tracker, one that counts
+    if at_work:
+        wait_for(samples.read_text)
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out, err) == (130, "", "interrupted\n")
+    assert [path.name for path in samples.parent.iterdir()] == ["a.jsonl"]
+    wait_for(lambda: not processes(run.pid))
+
+
+def test_ctrl_c_is_heard_by_the_first_process_alone(long_run):
+    """Else those that count would print tracebacks, or break the run, at a moment that nobody can foresee."""
+    run, samples = long_run
+
+    def disturb():
+        for process in processes(run.pid):
+            if process.pid != run.pid:
+                process.send_signal(signal.SIGINT)
+        return samples.exists() and samples.read_text()
+
+    wait_for(disturb)
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, err) == (0, "") and "4,096 pairs scored" in out
+
+
+def processes(group):
+    """The processes of a process group that still run."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
 def test_per_sample_leaves_nothing_half_written(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"prediction": "a", "reference": "a"}, {"wrong": 1}])
     (tmp_path / "samples.jsonl").write_text("of an earlier run")
@@ -646,7 +699,7 @@ def test_compatible_prints_the_four_numbers_that_are_published(predictions, caps
     found = measure(capsys, predictions, "--compatible", "llamafactory", "--bootstrap", "20")["scores"]["llamafactory"]
     assert list(found) == ["mean"] and list(found["mean"]) == ["bleu-4", "rouge-1", "rouge-2", "rouge-l"]
     pairs = [*PAIRS[:2], ("", "请就医。")]
-    expected = llamafactory_scores(*zip(*pairs, strict=True), num_resamples=20)["mean"]
+    expected = score_pairs(*zip(*pairs, strict=True), LLAMAFACTORY, num_resamples=20)["mean"]
     assert found["mean"] == expected
     assert expected["bleu-4"]["signature"] == "bleu-4|llamafactory|char|smooth:method3|round:4|mean|v1"
 
@@ -681,17 +734,17 @@ def test_compare_refuses_answers_to_other_questions(tmp_path):
     "part, wrong, flags",
     [
         ("count_pair", "match2", []),
-        ("count_pair", "shared1", ["--smoothing", "exp", "--rouge_ngrams", "count"]),
-        ("count_pair", "lcs", ["--compatible", "llamafactory"]),
+        ("count_pair", "overlap1", ["--smoothing", "exp", "--rouge_ngrams", "count"]),
+        ("count_pair", "overlapL", ["--compatible", "llamafactory"]),
+        ("count_pair", "size2", ["--tokenization", "mixed,zh-word"]),
         ("cut_words", None, ["--compatible", "llamafactory"]),
-        ("cut_words", None, ["--tokenization", "mixed,zh-word"]),
     ],
 )
 def test_a_run_that_differs_from_the_libraries_stops(tmp_path, monkeypatch, part, wrong, flags):
     write_jsonl(tmp_path / "a.jsonl", [{"prediction": "多喝温水好", "reference": "多喝温水"}] * 3)
     right = getattr(eval_metrics, part)
     broken = {
-        "count_pair": lambda ours, theirs: {**(found := right(ours, theirs)), wrong: found.get(wrong, 0) + 1},
+        "count_pair": lambda *pair: {**(found := right(*pair)), wrong: found[wrong] + 1},
         "cut_words": lambda text: list(text),
     }
     monkeypatch.setattr(eval_metrics, part, broken[part])
@@ -700,13 +753,17 @@ def test_a_run_that_differs_from_the_libraries_stops(tmp_path, monkeypatch, part
     eval_metrics.main(eval_metrics.parse_args([str(tmp_path / "a.jsonl"), *flags, "--check", "0", "--bootstrap", "5"]))
 
 
+def test_the_pairs_that_the_libraries_check_come_from_all_over_the_file(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"index": i, "prediction": "a", "reference": "a"} for i in range(1000)])
+    args = eval_metrics.parse_args([str(tmp_path / "a.jsonl"), "--check", "40", "--num_workers", "1"])
+    measured = eval_metrics.measure_file(args.prediction_file, None, [Settings("en-word")], args)
+    places = [row.index // 250 for _, row in measured.probes]
+    assert len({row.index for _, row in measured.probes}) == 40 and all(places.count(i) > 2 for i in range(4))
+
+
 def test_half_a_surrogate_pair_does_not_stop_a_run(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prediction": "\\ud83d\\u4e00", "reference": "\\ud83d"}')
-    for flags in (["--per_sample", tmp_path / "s.jsonl"], ["--json", "--compatible", "llamafactory"]):
+    per_sample = ["--per_sample", tmp_path / "s.jsonl", "--check", "0"]
+    for flags in (per_sample, ["--json", "--compatible", "llamafactory"]):
         code, out, err = run(tmp_path / "a.jsonl", "--bootstrap", "5", *flags)
-        assert code == 0 and out, err
-
-
-def test_settings_say_whether_they_are_llamafactorys():
-    assert LLAMAFACTORY.tokenizations() == ("llamafactory-char", "llamafactory-word")
-    assert Settings("zh-char").tokenizations() == ("zh-char",)
+        assert code == 0 and out and err == ""
