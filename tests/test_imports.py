@@ -42,6 +42,13 @@ MAY_IMPORT = {
     "stagekit.lm_eval_export": {
         *("stagekit.generation", "stagekit.journal", "stagekit.likelihood", "stagekit.tokenization"),
     },
+    "stagekit.charts": set(),
+    "stagekit.report_reading": set(),
+    "stagekit.report_text": set(),
+    "stagekit.report_evaluations": {"stagekit.report_reading"},
+    "stagekit.report": {"stagekit.checkpoint", "stagekit.report_evaluations", "stagekit.report_reading"},
+    "stagekit.report_findings": {"stagekit.report_text"},
+    "stagekit.report_page": {"stagekit.charts", "stagekit.report_findings", "stagekit.report_text"},
     "stagekit.modeling": {"stagekit.checkpoint", "stagekit.memory", "template"},
     "stagekit.tokenization": {"stagekit.formats", "stagekit.modeling", "template"},
     "stagekit.pairs": {"stagekit.formats", "stagekit.tokenization"},
@@ -142,7 +149,17 @@ def test_template_needs_nothing_but_the_standard_library_and_jinja2():
 
 def test_reading_data_needs_no_model_library():
     heavy = {"torch", "transformers", "peft", "trl"}
-    for name in ("formats", "data", "checkpoint"):
+    light = (
+        "formats",
+        "data",
+        "checkpoint",
+        "charts",
+        "report",
+        "report_evaluations",
+        "report_findings",
+        "report_page",
+    )
+    for name in light:
         assert not {found.partition(".")[0] for found in imports(ROOT / f"stagekit/{name}.py")} & heavy, name
 
 
