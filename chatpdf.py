@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from stagekit.commandline import Parser, add_model_flags, add_switch, check_flags, choose_gpus, run
-from stagekit.documents import FILE_TYPES, Limits
+from stagekit.documents import FILE_TYPES, Limits, check_docs
 from template import get_template
 
 logger = logging.getLogger(__name__)
@@ -163,36 +163,14 @@ def main(args: argparse.Namespace) -> None:
     """Find the model, bring the index up to date, answer."""
     if args.template_name:
         get_template(args.template_name)
-    if not Path(args.docs).exists():
-        raise FileNotFoundError(f"--docs {args.docs}: no such file or directory (looked from {Path.cwd()})")
+    check_docs(args.docs)
     questions = read_questions(args.questions_file) if args.questions_file else None
     local = not (args.search_only or args.api_base)
     if local or args.embedding_model:
         choose_gpus(args.only_cpu, args.gpus)
+    from stagekit.indexing import open_and_update
+
     model = None if args.search_only else LocalModel(args) if local else Server(args)
-    with open_and_update(args) as index:
-        assistant = Assistant(index, model, args)
-        if args.question:
-            assistant.answer(args.question, [])
-        elif questions:
-            answer_file(assistant, questions, args)
-        else:
-            converse(assistant)
-
-
-# -- index -----------------------------------------------------------------------------------------------------------
-
-
-def open_and_update(args: argparse.Namespace):
-    """Open the index of --docs and bring it up to date; say what is in it and what is not.
-
-    Raises:
-        ValueError: there is nothing to answer from.
-    """
-    from tqdm import tqdm
-
-    from stagekit.retrieval import open_index
-
     limits = Limits(
         max_file_mb=args.max_file_mb,
         max_pages=args.max_pages,
@@ -200,49 +178,15 @@ def open_and_update(args: argparse.Namespace):
         chunk_chars=args.chunk_chars,
         overlap_chars=args.overlap_chars,
     )
-    directory = args.index_dir or default_index_dir(args.docs)
-    index = open_index(directory, args.embedding_model, "cpu" if args.only_cpu else None)
-    try:
-        with tqdm(unit="file", leave=False) as bar:
-
-            def show(done, total, name):
-                bar.total = total
-                bar.set_postfix_str(name[-40:], refresh=False)
-                bar.update(done - bar.n)
-
-            summary = index.update(args.docs, limits, show)
-        for line in describe(summary, str(index.path)):
-            logger.info(line)
-        if not summary.num_passages:
-            raise ValueError(f"--docs {args.docs}: no document here can be read; known types: {', '.join(FILE_TYPES)}")
-    except BaseException:
-        index.close()
-        raise
-    return index
-
-
-def default_index_dir(docs: str) -> Path:
-    """outputs/chatpdf/NAME-HASH, the hash of the folder's whole path: one index for each folder."""
-    folder = Path(docs).resolve()
-    return Path("outputs", "chatpdf", f"{folder.name}-{hashlib.sha256(str(folder).encode()).hexdigest()[:8]}")
-
-
-def describe(summary, path: str, most: int = 10) -> list[str]:
-    """What update() did, as lines for the user."""
-    counts = (
-        f"{summary.added} new, {summary.changed} changed, {summary.unchanged} as before, {summary.removed} removed"
-    )
-    lines = [f"{path}: {counts}; {summary.num_passages:,} passages"]
-    for title, found in (("not read", summary.skipped), ("note", summary.notes)):
-        lines += [f"{title}: {name}: {reason}" for name, reason in sorted(found.items())[:most]]
-        if len(found) > most:
-            lines.append(f"{title}: … and {len(found) - most} more files")
-    if summary.skipped:
-        lines.append(f"{len(summary.skipped)} file(s) could not be read")
-    if summary.other_types:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in summary.other_types.most_common(5))
-        lines.append(f"{sum(summary.other_types.values())} file(s) of other types: {kinds}")
-    return lines
+    device = "cpu" if args.only_cpu else None
+    with open_and_update(args.docs, args.index_dir, args.embedding_model, limits, device) as index:
+        assistant = Assistant(index, model, args)
+        if args.question:
+            assistant.answer(args.question, [])
+        elif questions:
+            answer_file(assistant, questions, args)
+        else:
+            converse(assistant)
 
 
 # -- models ----------------------------------------------------------------------------------------------------------

@@ -1,20 +1,25 @@
 """Talk to a trained model in the browser, or to two of them side by side.
 
-Reads a directory that a stage wrote (or any model), and nothing else; asks exactly what inference.py asks. Nothing is
-stored: a conversation ends with its page. Only this machine reaches it, unless --host or --share says otherwise.
+Reads a directory that a stage wrote (or any model), and asks exactly what inference.py asks; with --docs it also
+answers from a folder of documents, as chatpdf.py does. No conversation is stored: it ends with its page. Only this
+machine reaches it, unless --host or --share says otherwise.
 
     python gradio_demo.py --lora_model outputs/sft
     python gradio_demo.py --lora_model outputs/dpo --compare outputs/sft
+    python gradio_demo.py --lora_model outputs/sft --docs my_folder
     GRADIO_AUTH=ward:secret python gradio_demo.py --lora_model outputs/sft --host 0.0.0.0
 """
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
 import socket
+from pathlib import Path
 
 from stagekit.commandline import Parser, add_model_flags, add_switch, check_flags, choose_gpus, run
+from stagekit.documents import check_docs
 from template import get_template
 
 logger = logging.getLogger(__name__)
@@ -39,6 +44,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     chat.add_argument("--temperature", type=float, help="0 takes the likeliest token; default: the checkpoint's")
     chat.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability")
     chat.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that were used before")
+    documents = parser.add_argument_group("documents (a second tab; the first model answers from them)")
+    documents.add_argument("--docs", help="folder of documents, or one document: pdf, docx, md, txt, html")
+    documents.add_argument("--index_dir", help="where their index is kept; default: as chatpdf.py, which can share it")
+    documents.add_argument(
+        "--embedding_model",
+        help="sentence-transformers model that adds search by meaning; needs pip install sentence-transformers",
+    )
     page = parser.add_argument_group("page")
     page.add_argument("--host", default=LOCAL[0], help="address to listen on, default 127.0.0.1: this machine alone")
     page.add_argument("--port", type=int, help=f"default: the first free one from {FIRST_PORT} on; 0: any free one")
@@ -61,6 +73,9 @@ def _check(args, parser):
         parser.error(f"--temperature {args.temperature} must be 0 (greedy) or more")
     if not (args.base_model or args.lora_model):
         parser.error("--base_model or --lora_model is missing: name a model, or a directory that a stage wrote")
+    for name in ("index_dir", "embedding_model"):
+        if getattr(args, name) and not args.docs:
+            parser.error(f"--{name} belongs to --docs: name a folder of documents")
     if args.port is not None and not 0 <= args.port < 65536:
         parser.error(f"--port {args.port} must be from 0 (any free one) to 65535")
     name = "--auth" if args.auth else "GRADIO_AUTH"
@@ -73,23 +88,40 @@ def _check(args, parser):
 
 
 def main(args: argparse.Namespace) -> None:
-    """Load the models, build the page, serve it until Ctrl-C."""
+    """Index the documents, load the models, build the page, serve it until Ctrl-C."""
     if args.template_name:
         get_template(args.template_name)
+    if args.docs:
+        check_docs(args.docs)
     port = find_port(args.host, args.port)  # before models load: that can take minutes
     choose_gpus(args.only_cpu, args.gpus)
     from stagekit.chat_tab import describe
     from stagekit.generation import choose_settings
     from stagekit.page import serve
 
-    models = load_models(args)
-    settings = choose_settings(models[0], **{name: getattr(args, name) for name in SLIDERS})
-    demo = build_demo(models, settings, args.system_prompt)
-    if not args.auth and (args.share or args.host not in LOCAL):
-        logger.warning("whoever reaches this address can use it; GRADIO_AUTH=user:password asks for a password")
-    address = serve(demo, args.host, port, args.auth, args.share)
-    logger.info("%s at %s, Ctrl-C ends it", " and ".join(describe(loaded)["model"] for loaded in models), address)
-    demo.block_thread()
+    with open_documents(args) as index:
+        models = load_models(args)
+        chosen = {name: getattr(args, name) for name in SLIDERS}
+        settings = choose_settings(models[0], **chosen)
+        docs_settings = choose_settings(models[0], **{**chosen, "temperature": args.temperature or 0.0})
+        docs = (Path(args.docs).resolve().name, index, docs_settings) if index else None
+        demo = build_demo(models, settings, args.system_prompt, docs)
+        if not args.auth and (args.share or args.host not in LOCAL):
+            use = "use it and read the documents" if docs else "use it"
+            logger.warning("whoever reaches this address can %s; GRADIO_AUTH=user:password asks for a password", use)
+        address = serve(demo, args.host, port, args.auth, args.share)
+        logger.info("%s at %s, Ctrl-C ends it", " and ".join(describe(loaded)["model"] for loaded in models), address)
+        demo.block_thread()
+
+
+def open_documents(args: argparse.Namespace):
+    """Context manager of the index of --docs, up to date; of None without them."""
+    if not args.docs:
+        return contextlib.nullcontext()
+    from stagekit.indexing import open_and_update
+
+    device = "cpu" if args.only_cpu else None
+    return open_and_update(args.docs, args.index_dir, args.embedding_model, device=device)
 
 
 def find_port(host: str, port: int | None) -> int:
@@ -170,13 +202,14 @@ def share_weights(first, second) -> int:
 # -- page ------------------------------------------------------------------------------------------------------------
 
 
-def build_demo(models: list, settings, system_prompt: str = ""):
+def build_demo(models: list, settings, system_prompt: str = "", docs: tuple | None = None):
     """Build the page: masthead, disclaimer, and a tab for each thing that can be done.
 
     Args:
         models: one, or two to compare, as load_models returns them.
         settings: where the sliders start.
         system_prompt: where its box starts.
+        docs: (name of the folder, its index, settings of the answers) for a tab that answers from documents.
 
     Returns:
         gr.Blocks, for page.serve.
@@ -191,6 +224,11 @@ def build_demo(models: list, settings, system_prompt: str = ""):
         with gr.Tabs():
             with gr.Tab("对话 Chat"):
                 ChatTab(models, settings, system_prompt)
+            if docs:
+                from stagekit.docs_tab import DocsTab
+
+                with gr.Tab("文档 Documents"):
+                    DocsTab(models[0], *docs)
     return demo.queue(max_size=MAX_WAITING)
 
 

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,22 +88,65 @@ def answer(
     Yields:
         (messages with the answer as far as it is, HTML of a notice or "").
     """
-    answered, fitted, notices = messages, None, []
-    try:
+
+    def prepare():
         settings = generation.choose_settings(loaded, **chosen)
         limit = generation.prompt_limit(loaded, settings)
         system = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
         fitted = generation.fit_history(loaded.chat, [*system, *messages], limit)
         if fitted is None:
-            yield messages, show_notice(TOO_LONG.format(limit), "error")
-            return
+            return messages, show_notice(TOO_LONG.format(limit), "error")
         num_forgotten = len(system) + len(messages) - len(fitted[0])
-        if num_forgotten:
-            notices.append(FORGOTTEN.format(num_forgotten // 2))
-        with contextlib.closing(generation.stream(loaded, fitted[1], settings, cache)) as pieces:
+        notices = [FORGOTTEN.format(num_forgotten // 2)] if num_forgotten else []
+        return Prompt(fitted[1], settings, notices)
+
+    return reply(loaded, messages, prepare, stop, cache)
+
+
+@dataclass
+class Prompt:
+    """What a model is asked.
+
+    Attributes:
+        input_ids: the prompt.
+        settings: of its answer.
+        notices: what has to be said beside the answer.
+        about: what the answer's message holds beside its text.
+    """
+
+    input_ids: list[int]
+    settings: generation.Settings
+    notices: list[str] = field(default_factory=list)
+    about: dict = field(default_factory=dict)
+
+
+def reply(
+    loaded: generation.LoadedModel,
+    messages: list[dict],
+    prepare: Callable[[], Prompt | tuple[list[dict], str]],
+    stop: threading.Event,
+    cache: generation.PrefixCache | None = None,
+) -> Iterator[tuple[list[dict], str]]:
+    """Answer a conversation's last question; whatever goes wrong becomes a notice.
+
+    Args:
+        loaded, messages, stop, cache: as for answer().
+        prepare: makes the prompt; or, where the model is not to be asked, the one item to yield.
+
+    Yields:
+        (messages with the answer as far as it is, HTML of a notice or "").
+    """
+    answered, prompt = messages, None
+    try:
+        prompt = prepare()
+        if not isinstance(prompt, Prompt):
+            yield prompt
+            return
+        notices = list(prompt.notices)
+        with contextlib.closing(generation.stream(loaded, prompt.input_ids, prompt.settings, cache)) as pieces:
             for piece in pieces:
                 if piece.text:
-                    answered = [*messages, {"role": "assistant", "content": piece.text}]
+                    answered = [*messages, {"role": "assistant", "content": piece.text, **prompt.about}]
                 if piece.finish_reason is None and stop.is_set():
                     notices.append(STOPPED)
                     break
@@ -112,7 +155,7 @@ def answer(
                 yield answered, show_notice(" · ".join(notices))
         yield answered, show_notice(" · ".join(notices))
     except Exception as error:  # of any kind: the page stays usable, and the log of whoever runs it has the traceback
-        if fitted is None and isinstance(error, ValueError):
+        if prompt is None and isinstance(error, ValueError):
             notice = REFUSED.format(error)
         else:
             logger.exception("a question was not answered")
@@ -154,8 +197,12 @@ class ChatTab:
 
     A session keeps one conversation for every model, each ending with the last question and its answer if it got one,
     and the job of that question. The buttons are in one of three phases: idle, waiting (in the queue), answering.
-    Handlers return {component: new value}; what they leave out stays.
+    Handlers return {component: new value}; what they leave out stays. Another tab that asks a model is a subclass with
+    its own _answers, _present and _inputs, and a layout that ends with _wire().
     """
+
+    hint, welcome, examples = "输入问题 · Ask a question", "**想问什么？ What would you like to know?**", EXAMPLES
+    prefix = ""  # of the names that events have in the API
 
     def __init__(self, models: list, settings: generation.Settings, system_prompt: str):
         self.models, self.caches = models, [generation.PrefixCache() for _ in models]
@@ -163,46 +210,47 @@ class ChatTab:
         with gr.Row():
             with gr.Column(scale=4, min_width=320):
                 with gr.Row(elem_classes="compared" if len(models) > 1 else None):
-                    windows = [self._add_window(loaded) for loaded in models]
+                    windows = [self._add_window(describe(loaded)) for loaded in models]
                 self.chatbots, self.notices = map(list, zip(*windows, strict=True))
-                with gr.Row(elem_classes="composer"):
-                    self._add_composer()
-                with gr.Row(elem_classes="tools"):
-                    self.retry = gr.Button("重试 Retry", size="sm", scale=0, min_width=110)
-                    self.clear = gr.Button("新对话 New conversation", size="sm", scale=0, min_width=190)
+                self._add_composer()
             with gr.Column(scale=1, min_width=300):
                 self._add_settings(settings, system_prompt)
         self._wire()
 
     # -- components --
 
-    def _add_window(self, loaded):
+    def _add_window(self, facts):
         with gr.Column(min_width=280):
-            show_caption(describe(loaded))
+            show_caption(facts)
             chatbot = gr.Chatbot(
-                label=describe(loaded)["model"],
+                label=facts["model"],
                 show_label=False,
                 elem_classes="window",
                 buttons=["copy"],
-                placeholder="**想问什么？ What would you like to know?**",
-                examples=[{"text": text} for text in EXAMPLES],
+                placeholder=self.welcome,
+                examples=[{"text": text} for text in self.examples],
                 reasoning_tags=[("<think>", "</think>")],
             )
             return chatbot, gr.HTML("", elem_classes="notices")
 
     def _add_composer(self):
-        self.box = gr.Textbox(
-            placeholder="输入问题 · Ask a question",
-            label="问题 Question",
-            show_label=False,
-            container=False,
-            max_lines=8,
-            scale=1,
-            min_width=180,
-        )
-        self.send = gr.Button("发送 Send", variant="primary", scale=0, min_width=110)
-        self.leave = gr.Button("停止 Stop", variant="stop", scale=0, min_width=110, visible=False, elem_id="leave")
-        self.stop = gr.Button("停止 Stop", variant="stop", scale=0, min_width=110, visible=False, elem_id="stop")
+        hidden = {"variant": "stop", "scale": 0, "min_width": 110, "visible": False}
+        with gr.Row(elem_classes="composer"):
+            self.box = gr.Textbox(
+                placeholder=self.hint,
+                label="问题 Question",
+                show_label=False,
+                container=False,
+                max_lines=8,
+                scale=1,
+                min_width=180,
+            )
+            self.send = gr.Button("发送 Send", variant="primary", scale=0, min_width=110)
+            self.leave = gr.Button("停止 Stop", elem_id=f"{self.prefix}leave", **hidden)
+            self.stop = gr.Button("停止 Stop", elem_id=f"{self.prefix}stop", **hidden)
+        with gr.Row(elem_classes="tools"):
+            self.retry = gr.Button("重试 Retry", size="sm", scale=0, min_width=110)
+            self.clear = gr.Button("新对话 New conversation", size="sm", scale=0, min_width=190)
 
     def _add_settings(self, settings, system_prompt):
         context_length = self.models[0].context_length or 8192
@@ -224,33 +272,36 @@ class ChatTab:
         def ask_example(chosen: gr.SelectData, talks, job):
             return self.on_ask(chosen.value["text"], talks, job)
 
+        def name(event):
+            return self.prefix + event
+
         state = [self.talks, self.job]
         changed = [*state, *self.chatbots, *self.notices, self.box, *self._buttons("idle")]
         # Questions pass the queue, though they never wait there: gradio tells of a changed state in no other way.
         asking = {"outputs": changed, "concurrency_limit": None, "show_progress": "hidden"}
         at_once = {"outputs": changed, "queue": False, "show_progress": "hidden"}
         asked = [
-            gr.on([self.box.submit, self.send.click], self.on_ask, [self.box, *state], api_name="ask", **asking),
-            self.retry.click(self.on_retry, state, api_name="retry", **asking),
+            gr.on([self.box.submit, self.send.click], self.on_ask, [self.box, *state], api_name=name("ask"), **asking),
+            self.retry.click(self.on_retry, state, api_name=name("retry"), **asking),
             *(each.example_select(ask_example, state, api_visibility="private", **asking) for each in self.chatbots),
         ]
         answering = self.job.change(
             self.on_job,
-            [*state, self.system_prompt, *self.sliders.values()],
+            [*state, *self._inputs()],
             changed,
             concurrency_id=MODEL_QUEUE,
             concurrency_limit=1,
             show_progress="minimal",
             show_progress_on=self.chatbots,
-            api_name="answer",
+            api_name=name("answer"),
         )
         for event in asked:
             event.failure(self.on_full, [], api_visibility="private", **at_once)
         answering.failure(self.on_failure, self.job, api_visibility="private", **at_once)
-        self.stop.click(self.on_stop, self.job, api_name="stop", **at_once)
+        self.stop.click(self.on_stop, self.job, api_name=name("stop"), **at_once)
         self.leave.click(self.on_leave, self.job, api_visibility="private", **at_once)
         self.leave.click(None, cancels=[answering])
-        self.clear.click(self.on_clear, self.job, api_name="clear", **at_once)
+        self.clear.click(self.on_clear, self.job, api_name=name("clear"), **at_once)
 
     def _buttons(self, phase):
         idle = phase == "idle"
@@ -263,8 +314,27 @@ class ChatTab:
         }
 
     def _show(self, talks, notices):
-        windows = zip(self.chatbots, map(show_messages, talks), strict=True)
+        windows = zip(self.chatbots, map(self._present, talks), strict=True)
         return {self.talks: talks, **dict(windows), **dict(zip(self.notices, notices, strict=True))}
+
+    # -- what another tab does in its own way --
+
+    def _present(self, talk: list[dict]) -> list[dict]:
+        """A conversation as the value of its gr.Chatbot."""
+        return show_messages(talk)
+
+    def _inputs(self) -> list:
+        """Components whose values _answers gets."""
+        return [self.system_prompt, *self.sliders.values()]
+
+    def _answers(self, talks: list, job: Job, system_prompt: str, *chosen: float) -> list[Iterator]:
+        """For each conversation an iterator such as answer() returns."""
+        chosen = {name: float(value) for name, value in zip(self.sliders, chosen, strict=True)}  # a slider may say int
+        chosen["max_new_tokens"] = int(chosen["max_new_tokens"])
+        return [
+            answer(loaded, talk, system_prompt, chosen, job.stop, cache)
+            for loaded, talk, cache in zip(self.models, talks, self.caches, strict=True)
+        ]
 
     # -- what happens --
 
@@ -285,17 +355,12 @@ class ChatTab:
     def _enqueue(self, talks):
         return {self.job: Job(), **self._show(talks, [""] * len(talks)), **self._buttons("waiting")}
 
-    def on_job(self, talks: list, job: Job | None, system_prompt: str, *chosen: float):
+    def on_job(self, talks: list, job: Job | None, *values):
         """Let the models answer, and show it as it comes."""
         if job is None or job.started:
             return
         job.started = True
-        chosen = {name: float(value) for name, value in zip(self.sliders, chosen, strict=True)}  # a slider may say int
-        chosen["max_new_tokens"] = int(chosen["max_new_tokens"])
-        answers = [
-            answer(loaded, talk, system_prompt, chosen, job.stop, cache)
-            for loaded, talk, cache in zip(self.models, talks, self.caches, strict=True)
-        ]
+        answers = self._answers(talks, job, *values)
         talks, notices, shown_at = list(talks), [""] * len(talks), 0.0
         try:
             yield self._buttons("answering")

@@ -30,6 +30,12 @@ class Unreadable(ValueError):
     """A document that cannot be read; the message is the reason, without the file's name."""
 
 
+def check_docs(docs: str) -> None:
+    """Raise FileNotFoundError where --docs names nothing; to be called before anything slow."""
+    if not Path(docs).exists():
+        raise FileNotFoundError(f"--docs {docs}: no such file or directory (looked from {Path.cwd()})")
+
+
 @dataclass(frozen=True)
 class Limits:
     """Which files are read, and how their text is cut.

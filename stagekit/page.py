@@ -182,6 +182,10 @@ CSS = """
 .window .message-buttons button:hover, .window .message-buttons button:focus-visible { opacity: 1; }
 .window .meta-text { right: auto; left: 20px; bottom: 10px; font: inherit; font-size: .85rem; }
 .window .meta-text::before { content: "请稍候 Please wait · "; }
+.prose.passages details { margin: 2px 0; font-size: .85rem; line-height: 1.5; }
+.prose.passages summary { cursor: pointer; color: var(--body-text-color-subdued); overflow-wrap: anywhere; }
+.prose.passages .cited summary { color: var(--body-text-color); font-weight: 600; }
+.prose.passages p { margin: 2px 0 8px 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
 .prose.notices { min-height: 1.4em; font-size: .85rem; }
 .prose.notices .notice { margin: 0; font-size: inherit; line-height: 1.4; color: var(--body-text-color-subdued); }
 .prose.notices .notice.error { color: #a3302a; }

@@ -29,7 +29,7 @@ def docs(tmp_path):
 @pytest.fixture
 def start(docs, tmp_path, capsys, caplog):
     """Run main() with flags; returns what it printed."""
-    caplog.set_level("INFO", "chatpdf")
+    caplog.set_level("INFO", "stagekit.indexing")
 
     def start(*flags):
         given = ["--docs", docs, "--index_dir", tmp_path / "index", *flags]

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -21,21 +22,39 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import ROOT, build_model
+from test_documents import pdf
 from test_generation import COLD, FEVER, TAUGHT, endless, load, outputs, said  # noqa: F401 (two are fixtures)
 
+import chatpdf
 import gradio_demo
 import inference
 from stagekit import generation
 from stagekit.generation import Answer, generate_batch
+from stagekit.indexing import open_and_update
 from stagekit.tokenization import encode_prompt
 
 REST, DOCTOR = TAUGHT[0][-1]["content"], TAUGHT[2][-1]["content"]
+SYRUP = "Give two teaspoons of cough syrup in the evening."
+HOSTILE = (
+    "Syrup is sticky. <img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+    "</p></details><h1>Cure</h1> ${document.title='owned'} {{value}} ![x](http://192.0.2.1/a.png) Hb<b and c>d"
+)
 SEND, RETRY, NEW = "发送 Send", "重试 Retry", "新对话 New conversation"
 
 
 @pytest.fixture(scope="module")
 def sft(outputs):  # noqa: F811
     return load(lora_model=outputs / "sft")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A PDF of two pages, the second about cough syrup, and a note that would like to be HTML."""
+    found = tmp_path / "ward"
+    found.mkdir()
+    (found / "leaflet.pdf").write_bytes(pdf(["A cover page."], [SYRUP]))
+    (found / "<b>note.txt").write_text(HOSTILE, encoding="utf-8")
+    return found
 
 
 def greedy(loaded, **more):
@@ -100,8 +119,7 @@ class Session:
         settings = generation.choose_settings(models[0], **{"temperature": 0.0, "max_new_tokens": 16, **chosen})
         with gradio.Blocks(analytics_enabled=False):
             self.tab = ChatTab(models, settings, system_prompt)
-        self.system_prompt = system_prompt
-        self.chosen = [getattr(settings, name) for name in self.tab.sliders]
+        self.values = [system_prompt, *(getattr(settings, name) for name in self.tab.sliders)]
         self.talks, self.job, self.notices = [[] for _ in models], None, []
 
     def ask(self, question):
@@ -112,18 +130,18 @@ class Session:
 
     def _run(self, changed):
         self.talks, self.job = changed[self.tab.talks], changed[self.tab.job]
-        for changed in self.tab.on_job(self.talks, self.job, self.system_prompt, *self.chosen):
+        for changed in self.tab.on_job(self.talks, self.job, *self.values):
             self.talks = changed.get(self.tab.talks, self.talks)
             self.notices = [changed.get(notice, "") for notice in self.tab.notices]
         return [talk[-1]["content"] for talk in self.talks]
 
 
 @contextlib.contextmanager
-def served(models, settings=None, auth=None, system_prompt=""):
+def served(models, settings=None, auth=None, system_prompt="", docs=None):
     """The page, at an address, until the end of the block."""
     from stagekit.page import serve
 
-    demo = gradio_demo.build_demo(models, settings or greedy(models[0], max_new_tokens=32), system_prompt)
+    demo = gradio_demo.build_demo(models, settings or greedy(models[0], max_new_tokens=32), system_prompt, docs)
     try:
         yield serve(demo, "127.0.0.1", gradio_demo.find_port("127.0.0.1", 0), auth)
     finally:
@@ -154,7 +172,8 @@ def test_the_flags_are_the_ones_promised(monkeypatch):
     monkeypatch.delenv("GRADIO_AUTH", raising=False)
     promised = (
         "base_model lora_model tokenizer_path template_name only_cpu resize_emb gpus load_in_4bit load_in_8bit debug "
-        "compare host port share auth system_prompt max_new_tokens temperature top_p repetition_penalty"
+        "compare docs index_dir embedding_model host port share auth system_prompt "
+        "max_new_tokens temperature top_p repetition_penalty"
     )
     args = gradio_demo.parse_args(["--base_model", "b"])
     assert set(vars(args)) == set(promised.split())
@@ -217,7 +236,13 @@ def test_a_port_in_use_ends_the_program_before_a_model_is_looked_for(tmp_path):
     assert result.stderr.startswith("gradio_demo.py: error: --port")
 
 
-def test_the_program_says_where_it_is_and_warns_of_an_open_door(outputs, monkeypatch, caplog):  # noqa: F811
+def test_the_program_says_where_it_is_and_warns_of_an_open_door(
+    outputs,  # noqa: F811
+    folder,
+    tmp_path,
+    monkeypatch,
+    caplog,
+):
     import gradio
     import httpx
 
@@ -230,12 +255,18 @@ def test_the_program_says_where_it_is_and_warns_of_an_open_door(outputs, monkeyp
 
     monkeypatch.setattr(gradio.Blocks, "block_thread", block_thread)
     flags = ["--lora_model", str(outputs / "sft"), "--compare", str(outputs / "base"), "--port", "0", "--only_cpu"]
-    for host, auth, warned in (("127.0.0.1", [], False), ("0.0.0.0", [], True), ("0.0.0.0", ["--auth", "a:b"], False)):
+    docs = ["--docs", str(folder), "--index_dir", str(tmp_path / "index")]
+    for host, more, warned in (
+        ("127.0.0.1", [], False),
+        ("0.0.0.0", docs, True),
+        ("0.0.0.0", ["--auth", "a:b"], False),
+    ):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            gradio_demo.main(gradio_demo.parse_args([*flags, "--host", host, *auth]))
+            gradio_demo.main(gradio_demo.parse_args([*flags, "--host", host, *more]))
         assert f"{outputs.name}/sft and {outputs.name}/base at http://" in caplog.text
-        assert ("whoever reaches this address can use it" in caplog.text) == warned
+        assert ("whoever reaches this address can use it and read the documents" in caplog.text) == warned
+    assert ["Documents" in page.text for page in pages] == [False, True, False]
     assert [page.status_code for page in pages] == [200] * 3 and "a:b" not in caplog.text
 
 
@@ -779,3 +810,136 @@ def test_it_fits_a_phone_in_the_dark_and_the_disclaimer_stays_in_sight(browser, 
         colours = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert max(map(int, re.findall(r"\d+", colours)[:3])) < 60
         visitor.context.close()
+
+
+# -- the documents tab -----------------------------------------------------------------------------------------------
+
+DOCS_BOX = "Ask about the documents"
+
+
+@pytest.fixture
+def docs(sft, folder, tmp_path):
+    """What build_demo needs for the tab."""
+    with open_and_update(str(folder), str(tmp_path / "index")) as index:
+        yield folder.name, index, greedy(sft, max_new_tokens=32)
+
+
+class DocsSession(Session):
+    """Drives the documents tab without a server."""
+
+    def __init__(self, loaded, docs):
+        import gradio
+
+        from stagekit.docs_tab import DocsTab
+
+        with gradio.Blocks(analytics_enabled=False):
+            self.tab = DocsTab(loaded, *docs)
+        self.talks, self.job, self.notices, self.values = [[]], None, [], []
+
+
+@pytest.mark.parametrize("flag", ["--index_dir", "--embedding_model"])
+def test_flags_of_documents_need_documents(flag, capsys):
+    assert f"{flag} belongs to --docs" in refuses("--base_model", "b", flag, "x", capsys=capsys)
+
+
+def test_documents_that_are_not_there_are_told_in_one_line(tmp_path):
+    flags = ["--base_model", str(tmp_path / "none"), "--docs", str(tmp_path / "nowhere"), "--port", "0", "--only_cpu"]
+    command = [sys.executable, str(ROOT / "gradio_demo.py"), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "nowhere: no such file or directory" in result.stderr
+
+
+def test_the_documents_tab_asks_exactly_what_chatpdf_asks(outputs, sft, docs, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Also behind a question that no document answers, behind an answer, and behind an answer that was empty."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # restored afterwards
+    questions = ["Who wrote Hamlet?", "How many teaspoons of syrup?", "And in the evening?", "sticky?", "And syrup?"]
+    answers = ["Two [1].\n\n  - or", "Less.", "", "Yes [2]."]
+
+    def script():
+        given = iter(answers)
+        return Scripted(monkeypatch, lambda loaded, prompt: [next(given)])
+
+    by_chatpdf, lines = script(), iter(questions)
+    flags = ["--docs", str(folder), "--index_dir", str(tmp_path / "index"), "--lora_model", str(outputs / "sft")]
+    with monkeypatch.context() as patched:
+        for channel in (sys.stdin, sys.stdout):
+            patched.setattr(channel, "reconfigure", lambda **options: None, raising=False)
+        patched.setattr("builtins.input", lambda prompt="": next(lines, "exit"))
+        chatpdf.main(chatpdf.parse_args([*flags, "--only_cpu", "--max_new_tokens", "32"]))
+    by_demo, session = script(), DocsSession(sft, docs)
+    for question in questions:
+        session.ask(question)
+    assert len(by_chatpdf.ids) == len(answers) and by_demo.ids == by_chatpdf.ids
+    assert by_demo.asked[0][2] == by_chatpdf.asked[0][2]
+    assert SYRUP in by_demo.asked[0][1] and "Hamlet" not in by_demo.asked[0][1]
+
+
+def test_what_is_not_in_the_documents_is_told_and_no_model_is_asked(sft, docs, monkeypatch):
+    script, session = Scripted(monkeypatch), DocsSession(sft, docs)
+    assert session.ask("Who wrote Hamlet?") == ["This is not in the documents."]
+    assert session.ask("法国的首都在哪里？") == ["文档中没有与这个问题相关的内容。"]
+    assert script.asked == [] and session.notices == [""]
+
+
+def test_an_index_that_cannot_be_searched_is_one_line_without_its_path(sft, docs, tmp_path, monkeypatch):
+    script, session = Scripted(monkeypatch), DocsSession(sft, docs)
+    with contextlib.closing(sqlite3.connect(tmp_path / "index" / "index.sqlite3")) as other:
+        other.execute("DROP TABLE words")
+    session.ask("syrup?")
+    assert "the index of the documents cannot be searched" in session.notices[0] and not script.asked
+    assert str(tmp_path) not in session.notices[0] and session.job.ended
+
+
+def test_an_answer_from_documents_shows_its_passages_and_nothing_in_them_becomes_html(browser, sft, docs, monkeypatch):
+    def speak(loaded, prompt):
+        yield "Two teaspoons "
+        while not opened.is_set():
+            time.sleep(0.01)
+            yield "."
+        yield f" [1] {HOSTILE.replace('![x]', '')}"
+
+    opened = threading.Event()
+    script = Scripted(monkeypatch, speak)
+    with visiting(browser, [sft], docs=docs) as visitor:
+        page, home = visitor.page, visitor.page.url
+        page.get_by_role("tab", name="Documents").click()
+        visitor.box = page.get_by_placeholder(DOCS_BOX)
+        visitor.box.wait_for()
+        assert page.get_by_text("no medical advice").is_visible() and page.locator("input[type=file]").count() == 0
+        visitor.ask("How many teaspoons of sticky syrup?")
+        found = page.locator(".passages details")
+        visitor.see(lambda: found.count() == 2)
+        places = found.locator("summary").all_inner_texts()
+        leaflet = next(place for place, text in enumerate(places) if "leaflet.pdf p.2" in text)
+        found.nth(1 - leaflet).locator("summary").click()
+        before = page.locator("[data-testid=bot]").first.inner_text()
+        visitor.see(lambda: len(page.locator("[data-testid=bot]").first.inner_text()) > len(before) + 5)
+        assert found.nth(1 - leaflet).locator("p").is_visible(), "an open passage stays open while the answer grows"
+        opened.set()
+        visitor.wait()
+        places = found.locator("summary").all_inner_texts()
+        assert places[leaflet].startswith(f"[{leaflet + 1}] [leaflet.pdf p.2]")
+        assert ["cited" in place for place in places] == [True, False]
+        assert "<b>note.txt" in places[1 - leaflet]
+        for place in (0, 1):
+            if not found.nth(place).locator("p").is_visible():
+                found.nth(place).locator("summary").click()
+        assert found.nth(leaflet).locator("p").inner_text() == SYRUP
+        assert found.nth(1 - leaflet).locator("p").inner_text() == HOSTILE
+        for selector in ("img[src=x]", ".window h1", ".window script", "b:text('note')"):
+            assert page.locator(selector).count() == 0, selector
+        assert page.title() != "owned"
+        assert [url for url in visitor.requests if not url.startswith((home, "data:", "blob:"))] == []
+        visitor.button(NEW).click()
+        visitor.see(lambda: found.count() == 0)
+        visitor.ask("Who wrote Hamlet?")
+        visitor.see(lambda: "This is not in the documents." in page.locator(".window").last.inner_text())
+        visitor.wait()
+        assert len(script.asked) == 1 and found.count() == 0 and visitor.notices() == []
+        page.get_by_role("tab", name="Chat").click()
+        visitor.box = page.get_by_placeholder("Ask a question")
+        script.answer = lambda loaded, prompt: ["yes"]
+        visitor.ask("one")
+        visitor.see(lambda: visitor.texts() == ["one", "yes"])
+        assert SYRUP not in script.asked[1][1]

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "stagekit.commandline": set(),
     "stagekit.journal": set(),
     "stagekit.grounding": {"stagekit.documents", "stagekit.retrieval"},
+    "stagekit.indexing": {"stagekit.documents", "stagekit.retrieval"},
     "stagekit.memory": set(),
     "stagekit.curves": set(),
     "stagekit.choices": {"stagekit.formats", "stagekit.rewards"},
@@ -65,6 +66,10 @@ MAY_IMPORT = {
     "stagekit.perplexity": {"stagekit.likelihood"},
     "stagekit.page": set(),
     "stagekit.chat_tab": {"stagekit.generation", "stagekit.page"},
+    "stagekit.docs_tab": {
+        *("stagekit.chat_tab", "stagekit.generation", "stagekit.grounding", "stagekit.page", "stagekit.tokenization"),
+        "stagekit.retrieval",
+    },
     "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
     "stagekit.retrieval": {
         *("stagekit.documents", "stagekit.embedding", "stagekit.extraction", "stagekit.words"),
