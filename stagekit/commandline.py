@@ -43,8 +43,8 @@ def _boolean(text):
     return text.lower() in ("true", "1", "yes")
 
 
-def add_model_flags(group) -> None:
-    """Declare which model answers, and how it is loaded."""
+def add_model_flags(group, gpus: str = "the layers are spread over them") -> None:
+    """Declare which model answers, and how it is loaded; `gpus` says what happens on several GPUs."""
     group.add_argument("--base_model", help="model directory, hub name, or a stage's directory")
     group.add_argument("--lora_model", help="adapter directory, such as outputs/sft; it knows its base and template")
     group.add_argument("--tokenizer_path", help="tokenizer, if not the one saved with the adapter or the model")
@@ -55,9 +55,40 @@ def add_model_flags(group) -> None:
     add_switch(group, "--load_in_4bit", "quantise the base to NF4: a quarter of the memory, slightly other answers")
     add_switch(group, "--load_in_8bit", "quantise the base to int8: half of the memory")
     add_switch(group, "--only_cpu", "use no GPU (fp32)")
+    group.add_argument("--gpus", help=f'GPUs to use, such as "0" or "0,1": {gpus}; default: all')
+
+
+def add_prediction_flags(group) -> None:
+    """Declare which questions are answered, and where the answers go."""
     group.add_argument(
-        "--gpus", help='GPUs to use, such as "0" or "0,1": the layers are spread over them; default: all'
+        "--data_file",
+        help="file or directory of questions: .txt has one a line; .jsonl and .json any conversation, instruction, "
+        "question or preference format, where a last answer is the reference and not shown to the model",
     )
+    group.add_argument(
+        "--output_file",
+        default="predictions.jsonl",
+        help="where the answers go, default predictions.jsonl (replaced if it exists). Until all are there they "
+        "stand in OUTPUT_FILE.partial, from which the same command continues after an interruption",
+    )
+    group.add_argument("--system_prompt", help="system message of conversations that bring none")
+    group.add_argument("--batch_size", type=int, default=4, help="questions answered at once, default 4")
+
+
+def add_generation_flags(group, temperature: str) -> None:
+    """Declare how tokens are chosen; `temperature` is the help of that flag, whose default differs."""
+    group.add_argument(
+        "--max_new_tokens", type=int, help="longest answer in tokens, 512 or half of the model's context"
+    )
+    group.add_argument("--temperature", type=float, help=temperature)
+    group.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability: 0.9")
+    group.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that were used before: 1.0")
+
+
+def check_model_is_named(args: argparse.Namespace, parser: Parser) -> None:
+    """End the program where add_model_flags' flags name no model."""
+    if not (args.base_model or args.lora_model):
+        parser.error("--base_model or --lora_model is missing: name a model, or a directory that a stage wrote")
 
 
 def check_flags(args: argparse.Namespace, parser: Parser, positive: tuple[str, ...]) -> None:
@@ -65,8 +96,11 @@ def check_flags(args: argparse.Namespace, parser: Parser, positive: tuple[str, .
     for name in positive:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)} must be above 0")
-    if getattr(args, "top_p", None) is not None and not 0 < args.top_p <= 1:
-        parser.error(f"--top_p {args.top_p} must be above 0 and at most 1")
+    temperature, top_p = getattr(args, "temperature", None), getattr(args, "top_p", None)
+    if temperature is not None and temperature < 0:
+        parser.error(f"--temperature {temperature} must be 0 (greedy) or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        parser.error(f"--top_p {top_p} must be above 0 and at most 1")
     for first, second in (("only_cpu", "gpus"), ("load_in_4bit", "load_in_8bit")):
         if getattr(args, first) and getattr(args, second):
             parser.error(f"--{first} and --{second} exclude each other; give one")

@@ -284,7 +284,7 @@ def generate_batch(loaded: LoadedModel, prompts: list[list[int]], settings: Sett
     output = loaded.model.generate(
         input_ids=torch.tensor(padded, device=loaded.model.device),  # (batch, longest)
         attention_mask=torch.tensor(mask, device=loaded.model.device),
-        generation_config=_generation_config(loaded, settings),
+        generation_config=make_generation_config(loaded, settings),
     )
     return [_answer(loaded, ids) for ids in output[:, longest:].tolist()]
 
@@ -325,7 +325,7 @@ def run_in_batches(count: int, batch_size: int, work: Callable[[range], list]) -
         logger.warning("memory ran out with %d at a time; goes on with --batch_size %d", len(batch), batch_size)
 
 
-def _generation_config(loaded, settings):
+def make_generation_config(loaded, settings):
     sampling = {"do_sample": settings.temperature > 0}
     if sampling["do_sample"]:
         sampling.update(temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k)
@@ -342,10 +342,10 @@ def _answer(loaded, ids):
     """Cut (new_tokens,) ids at the first stop token; what stands behind it is padding."""
     end = next((index for index, token in enumerate(ids) if token in loaded.stop_ids), None)
     reason, count = ("length", len(ids)) if end is None else ("stop", end + 1)
-    return Answer(_decode(loaded, ids[:end]).strip(), reason, count)
+    return Answer(decode(loaded, ids[:end]).strip(), reason, count)
 
 
-def _decode(loaded, ids):
+def decode(loaded, ids):
     return loaded.chat.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
@@ -413,10 +413,10 @@ def stream(
             output = loaded.model.generate(
                 input_ids=torch.tensor([input_ids], device=loaded.model.device),
                 attention_mask=torch.ones(1, len(input_ids), dtype=torch.long, device=loaded.model.device),
-                generation_config=_generation_config(loaded, settings),
+                generation_config=make_generation_config(loaded, settings),
                 **({} if states is None else {"past_key_values": states}),
-                streamer=_Queue(tokens),
-                stopping_criteria=StoppingCriteriaList([_Stopped(stop)]),
+                streamer=TokenQueue(tokens),
+                stopping_criteria=StoppingCriteriaList([StopWhen(stop)]),
             )
             if cache:
                 cache.keep(states, output[0].tolist())
@@ -435,7 +435,7 @@ def stream(
             if token in loaded.stop_ids:
                 continue
             # Decoding from `prefix`, some tokens back, keeps the blanks that tokenizers drop at the start of a text.
-            before, now = _decode(loaded, ids[prefix:read]), _decode(loaded, ids[prefix:])
+            before, now = decode(loaded, ids[prefix:read]), decode(loaded, ids[prefix:])
             if len(now) > len(before) and not now.endswith("\ufffd"):
                 text, prefix, read = text + now[len(before) :], read, len(ids)
                 yield Answer(text.strip(), None, len(ids))
@@ -445,7 +445,7 @@ def stream(
         thread.join()
 
 
-class _Queue(BaseStreamer):
+class TokenQueue(BaseStreamer):
     """Put each new token id into a queue; the first call brings the prompt."""
 
     def __init__(self, tokens):
@@ -460,7 +460,7 @@ class _Queue(BaseStreamer):
         pass
 
 
-class _Stopped(StoppingCriteria):
+class StopWhen(StoppingCriteria):
     def __init__(self, event):
         self.event = event
 

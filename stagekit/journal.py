@@ -17,6 +17,41 @@ def write_lines(path: str | Path, rows: list[dict]) -> None:
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def read_lines(path: Path, start: int = 0) -> tuple[list[dict], int]:
+    """Read the lines of a journal from byte `start` on, as far as they are whole.
+
+    Returns:
+        (lines, place of the byte behind the last): what an interruption has torn, or is being written, is left out.
+    """
+    lines, size = [], start
+    with open(path, "rb") as file:
+        file.seek(start)
+        for line in file:
+            try:
+                lines.append(json.loads(line) if line.endswith(b"\n") else None)
+            except ValueError:
+                lines.append(None)
+            if lines[-1] is None:
+                lines.pop()
+                break
+            size += len(line)
+    return lines, size
+
+
+def check_header(path: Path, found: dict, header: dict, output_flag: str = "--output_file") -> None:
+    """Compare the first line of a journal with what it should be.
+
+    Raises:
+        ValueError: it is of a run with another header; what differs is named.
+    """
+    if found != header:
+        changed = [name for name, value in header.items() if found.get(name) != value]
+        raise ValueError(
+            f"{path} holds answers of a run with other {', '.join(changed)}; repeat that command to "
+            f"continue it, or delete the file, or choose another {output_flag}"
+        )
+
+
 class Journal:
     """A file with a line that says of which run it is, then a row for everything that is done, as it gets done.
 
@@ -37,23 +72,9 @@ class Journal:
         Raises:
             ValueError: it is of a run with another header; what differs is named.
         """
-        lines, size = [], 0
-        if path.is_file():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    lines.append(json.loads(line) if line.endswith(b"\n") else None)
-                except ValueError:
-                    lines.append(None)
-                if lines[-1] is None:  # torn by an interruption: what stands from here on is written again
-                    lines.pop()
-                    break
-                size += len(line)
-        if lines and lines[0] != header:
-            changed = [name for name, value in header.items() if lines[0].get(name) != value]
-            raise ValueError(
-                f"{path} holds answers of a run with other {', '.join(changed)}; repeat that command to "
-                f"continue it, or delete the file, or choose another {output_flag}"
-            )
+        lines, size = read_lines(path) if path.is_file() else ([], 0)
+        if lines:
+            check_header(path, lines[0], header, output_flag)
         self.path, self.rows = path, {row["index"]: row for row in lines[1:]}
         self.file = open(path, "ab")
         self.file.truncate(size)
@@ -68,6 +89,9 @@ class Journal:
         self.file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
 
+    def close(self) -> None:
+        self.file.close()
+
     def finish(self, target: str) -> None:
         """Write all rows, in the order of their indices, to the target, and remove the journal."""
         write_lines(target, [self.rows[index] for index in sorted(self.rows)])
@@ -75,5 +99,5 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the journal, when what its rows say stands elsewhere."""
-        self.file.close()
+        self.close()
         self.path.unlink()

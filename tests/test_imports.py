@@ -70,6 +70,7 @@ MAY_IMPORT = {
         *("stagekit.chat_tab", "stagekit.generation", "stagekit.grounding", "stagekit.page", "stagekit.tokenization"),
         "stagekit.retrieval",
     },
+    "stagekit.prediction": {"stagekit.data", "stagekit.formats", "stagekit.generation", "stagekit.journal"},
     "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
     "stagekit.retrieval": {
         *("stagekit.documents", "stagekit.embedding", "stagekit.extraction", "stagekit.words"),
@@ -78,6 +79,12 @@ MAY_IMPORT = {
     "stagekit.ppo": {
         *("stagekit.checkpoint", "stagekit.checks", "stagekit.memory", "stagekit.modeling", "stagekit.rollouts"),
         "stagekit.scoring",
+    },
+    "stagekit.serving": {"stagekit.generation", "stagekit.tokenization"},
+    "stagekit.openai_format": {"stagekit.formats"},
+    "stagekit.openai_server": {
+        *("stagekit.formats", "stagekit.generation", "stagekit.openai_format", "stagekit.serving"),
+        "stagekit.tokenization",
     },
     "stagekit.scoring": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization"),
@@ -158,6 +165,7 @@ def test_reading_data_needs_no_model_library():
         "formats",
         "data",
         "checkpoint",
+        "prediction",
         "charts",
         "report",
         "report_evaluations",

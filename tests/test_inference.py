@@ -17,7 +17,7 @@ from conftest import ROOT, build_model, run_script, write_jsonl
 from test_generation import COLD, FEVER, TAUGHT, endless, outputs, said  # noqa: F401 (two are fixtures)
 
 import inference
-from stagekit import generation
+from stagekit import generation, prediction
 from stagekit.journal import Journal
 
 REST = TAUGHT[0][-1]["content"]
@@ -97,11 +97,13 @@ def test_values_that_cannot_work_are_refused_in_one_line(flags, expected, capsys
     assert expected in message and message.count("\n") == 1
 
 
+@pytest.mark.parametrize("task", ["--interactive", "--data_file"])
 @pytest.mark.parametrize("flags, visible", [(["--gpus", "0,1"], "0,1"), (["--only_cpu"], ""), ([], "unset")])
-def test_the_gpus_are_chosen_before_torch_is_imported(flags, visible, tmp_path):
+def test_the_gpus_are_chosen_before_torch_is_imported(flags, visible, task, tmp_path):
     seen = "import os, sys\nprint(os.environ.get('CUDA_VISIBLE_DEVICES', 'unset'))\nsys.exit(7)\n"
     (tmp_path / "torch.py").write_text(seen)
-    flags = ["--base_model", "b", "--interactive", *flags]
+    (tmp_path / "q.txt").write_text("a question\n")
+    flags = ["--base_model", "b", task, *([tmp_path / "q.txt"] if task == "--data_file" else []), *flags]
     environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
     command = [sys.executable, ROOT / "inference.py", *flags]
     result = subprocess.run(command, env={**environment, "PYTHONPATH": tmp_path}, capture_output=True, text=True)
@@ -225,7 +227,7 @@ class Scripted:
                 raise line
             return line
 
-        def fake_stream(loaded, input_ids, settings):
+        def fake_stream(loaded, input_ids, settings, cache=None):
             self.prompts.append(loaded.chat.tokenizer.decode(input_ids))
             text = ""
             for piece in next(answers):
@@ -299,86 +301,6 @@ def test_a_question_longer_than_the_context_is_refused_and_forgotten(sft, monkey
 
 # -- questions from files --------------------------------------------------------------------------------------------
 
-CALL = {"name": "dose", "arguments": {"kg": 20}}
-HISTORY = [said("user", "a"), said("assistant", "b"), said("user", "c")]
-
-
-@pytest.mark.parametrize(
-    "record, messages, reference",
-    [
-        ({"messages": [*HISTORY, said("assistant", "d")]}, HISTORY, "d"),
-        ({"messages": HISTORY}, HISTORY, None),
-        ({"prompt": HISTORY}, HISTORY, None),
-        (
-            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-            [said("user", "a")],
-            "b",
-        ),
-        (
-            {"conversations": [{"from": "human", "value": "a"}], "system": "s"},
-            [said("system", "s"), said("user", "a")],
-            None,
-        ),
-        ({"conversation": [{"human": "a", "assistant": "b"}]}, [said("user", "a")], "b"),
-        ({"question": "a", "answer": "b"}, [said("user", "a")], "b"),
-        ({"question": "a", "answer": "so #### 7"}, [said("user", "a")], "so #### 7"),
-        ({"question": "a", "answer": 7}, [said("user", "a")], "7"),
-        ({"question": "a"}, [said("user", "a")], None),
-        ({"question": "a", "answer": ""}, [said("user", "a")], None),
-        ({"prompt": "a"}, [said("user", "a")], None),
-        ({"prompt": "a", "response": "b"}, [said("user", "a")], "b"),
-        ({"query": "a", "system": "s"}, [said("system", "s"), said("user", "a")], None),
-        ({"instruction": "a", "input": "b", "output": "c"}, [said("user", "a\nb")], "c"),
-        ({"instruction": "a", "input": "", "output": "c"}, [said("user", "a")], "c"),
-        ({"instruction": "a", "input": "b"}, [said("user", "a\nb")], None),
-        ({"instruction": "c", "history": [["a", "b"]]}, HISTORY, None),
-        ({"question": "a", "response_chosen": "b", "response_rejected": "c"}, [said("user", "a")], "b"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, [said("user", "a")], "b"),
-        (
-            {"conversations": [{"from": "human", "value": "a"}], "chosen": {"from": "gpt", "value": "b"}}
-            | {"rejected": {"from": "gpt", "value": "c"}},
-            [said("user", "a")],
-            "b",
-        ),
-    ],
-)
-def test_every_format_gives_its_prompt_and_its_reference(record, messages, reference):
-    assert inference.read_prompt(record) == (messages, None, reference)
-
-
-def test_tools_and_calls_are_read():
-    tool = {"name": "dose", "description": "d", "parameters": {}}
-    call = {"from": "function_call", "value": json.dumps(CALL)}
-    record = {"conversations": [{"from": "human", "value": "a"}, call], "tools": json.dumps([tool])}
-    messages, tools, reference = inference.read_prompt(record)
-    assert messages == [said("user", "a")] and tools == [{"type": "function", "function": tool}]
-    assert json.loads(reference) == [CALL]
-    record["conversations"].append({"from": "observation", "value": "300 mg"})
-    messages, _, reference = inference.read_prompt(record)
-    assert [message["role"] for message in messages] == ["user", "assistant", "tool"] and reference is None
-
-
-def test_a_directory_is_read_whole_and_a_txt_line_by_line(tmp_path):
-    (tmp_path / "b.txt").write_text("﻿first\n\n  second \r\nthird\n", encoding="utf-8")
-    write_jsonl(tmp_path / "a.jsonl", [{"question": "zero"}])
-    (tmp_path / "c.json").write_text(json.dumps([{"question": "fourth"}, {"question": "fifth"}]))
-    prompts = inference.read_prompts(str(tmp_path), None)
-    assert [prompt.messages[0]["content"] for prompt in prompts] == [
-        "zero",
-        "first",
-        "second",
-        "third",
-        "fourth",
-        "fifth",
-    ]
-    assert [prompt.origin for prompt in prompts][2] == f"{tmp_path}/b.txt:3"
-
-
-def test_the_system_prompt_is_for_records_without_one(tmp_path):
-    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "a"}, {"question": "a", "system": "own"}])
-    prompts = inference.read_prompts(str(path), "given")
-    assert [prompt.messages[0] for prompt in prompts] == [said("system", "given"), said("system", "own")]
-
 
 def test_bad_records_are_named_by_file_and_line_before_a_model_is_loaded(tmp_path):
     rows = [{"question": "a"}, {"text": "running text"}, {"question": ["a"]}, {"messages": [said("user", "")]}]
@@ -436,7 +358,7 @@ def test_the_longest_questions_are_asked_first(endless, tmp_path, monkeypatch): 
 def test_a_prompt_that_does_not_fit_is_not_asked_and_a_long_history_is_shortened(outputs, tmp_path, caplog):  # noqa: F811
     long = [said("user", "fever " * 300), said("assistant", "yes"), *TAUGHT[0][:1]]
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "fever " * 300}, {"messages": long}])
-    caplog.set_level("INFO", logger="inference")
+    caplog.set_level("INFO", logger="stagekit.prediction")
     flags = ["--lora_model", outputs / "sft", "--data_file", path, "--max_new_tokens", 1948]
     first, second = predict(tmp_path, *flags)
     assert (first["prediction"], first["finish_reason"], first["new_tokens"]) == ("", "prompt_too_long", 0)
@@ -521,7 +443,7 @@ def test_a_partial_of_other_settings_is_refused(flags, named, outputs, tmp_path,
     base = shutil.copytree(outputs / "base", tmp_path / "base")
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "a"}])
     common = ["--base_model", base, "--data_file", path]
-    monkeypatch.setattr(inference, "predict", lambda *args: None)  # as if interrupted before the first answer
+    monkeypatch.setattr(prediction, "predict", lambda *args: None)  # as if interrupted before the first answer
     with pytest.raises(FileNotFoundError):
         predict(tmp_path, *common, "--max_new_tokens", "8")
     if flags == ["retrained"]:
