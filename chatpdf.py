@@ -23,7 +23,15 @@ from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from stagekit.commandline import Parser, add_model_flags, add_switch, check_flags, choose_gpus, run
+from stagekit.commandline import (
+    Parser,
+    add_generation_flags,
+    add_model_flags,
+    add_switch,
+    check_flags,
+    choose_gpus,
+    run,
+)
 from stagekit.documents import FILE_TYPES, Limits, check_docs
 from template import get_template
 
@@ -106,10 +114,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     task.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     tokens = parser.add_argument_group("generation (default: the checkpoint's or the server's, else as named here)")
-    tokens.add_argument("--max_new_tokens", type=int, help="longest answer in tokens, 512 or half of the context")
-    tokens.add_argument("--temperature", type=float, help="0 takes the likeliest token, default 0 (a server: its own)")
-    tokens.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability: 0.9")
-    tokens.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that were used before: 1.0")
+    add_generation_flags(tokens, temperature="0 takes the likeliest token, default 0 (a server: its own)")
 
     args = parser.parse_args(argv)
     _check(args, parser)
@@ -121,8 +126,6 @@ def _check(args, parser):
     check_flags(args, parser, tuple(positive.split()))
     if not args.docs:
         parser.error("--docs is missing: name a folder of documents")
-    if args.temperature is not None and args.temperature < 0:
-        parser.error(f"--temperature {args.temperature} must be 0 (greedy) or more")
     if args.min_score is not None and not 0 <= args.min_score <= 1:
         parser.error(f"--min_score {args.min_score} must be from 0 to 1")
     if not 0 <= args.overlap_chars <= args.chunk_chars / 2:

@@ -29,7 +29,14 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
-from stagekit.commandline import Parser, add_model_flags, check_flags, choose_gpus, run
+from stagekit.commandline import (
+    Parser,
+    add_model_flags,
+    check_flags,
+    check_model_is_named,
+    choose_gpus,
+    run,
+)
 from template import get_template
 
 logger = logging.getLogger(__name__)
@@ -116,8 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check(args, parser):
     check_flags(args, parser, ("max_samples", "max_new_tokens", "batch_size", "max_length", "stride"))
-    if not (args.base_model or args.lora_model):
-        parser.error("--base_model or --lora_model is missing: name a model, or a directory that a stage wrote")
+    check_model_is_named(args, parser)
     for name, example in (("data_file", "data/eval"), ("output_dir", "outputs/sft/eval")):
         if not getattr(args, name):
             parser.error(f"--{name} is missing, such as {example}")

@@ -18,7 +18,16 @@ import os
 import socket
 from pathlib import Path
 
-from stagekit.commandline import Parser, add_model_flags, add_switch, check_flags, choose_gpus, run
+from stagekit.commandline import (
+    Parser,
+    add_generation_flags,
+    add_model_flags,
+    add_switch,
+    check_flags,
+    check_model_is_named,
+    choose_gpus,
+    run,
+)
 from stagekit.documents import check_docs
 from template import get_template
 
@@ -40,10 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "load_in flags hold for both",
     )
     chat.add_argument("--system_prompt", default="", help="system message")
-    chat.add_argument("--max_new_tokens", type=int, help="longest answer in tokens; default: the checkpoint's")
-    chat.add_argument("--temperature", type=float, help="0 takes the likeliest token; default: the checkpoint's")
-    chat.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability")
-    chat.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that were used before")
+    add_generation_flags(chat, temperature="0 takes the likeliest token; default: the checkpoint's, else 0.7")
     documents = parser.add_argument_group("documents (a second tab; the first model answers from them)")
     documents.add_argument("--docs", help="folder of documents, or one document: pdf, docx, md, txt, html")
     documents.add_argument("--index_dir", help="where their index is kept; default: as chatpdf.py, which can share it")
@@ -69,10 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _check(args, parser):
     check_flags(args, parser, ("max_new_tokens", "repetition_penalty"))
-    if args.temperature is not None and args.temperature < 0:
-        parser.error(f"--temperature {args.temperature} must be 0 (greedy) or more")
-    if not (args.base_model or args.lora_model):
-        parser.error("--base_model or --lora_model is missing: name a model, or a directory that a stage wrote")
+    check_model_is_named(args, parser)
     for name in ("index_dir", "embedding_model"):
         if getattr(args, name) and not args.docs:
             parser.error(f"--{name} belongs to --docs: name a folder of documents")
