@@ -30,7 +30,10 @@ from stagekit.commandline import (
     add_switch,
     check_flags,
     choose_gpus,
+    converse,
+    loading_options,
     run,
+    sampling_options,
 )
 from stagekit.documents import FILE_TYPES, Limits, check_docs
 from template import get_template
@@ -189,7 +192,7 @@ def main(args: argparse.Namespace) -> None:
         elif questions:
             answer_file(assistant, questions, args)
         else:
-            converse(assistant)
+            talk(assistant)
 
 
 # -- models ----------------------------------------------------------------------------------------------------------
@@ -225,21 +228,9 @@ class LocalModel:
         from stagekit import generation
 
         if self.loaded is None:
-            self.loaded = generation.load_for_generation(
-                self.source,
-                self.chat,
-                only_cpu=self.args.only_cpu,
-                resize_emb=self.args.resize_emb,
-                load_in_4bit=self.args.load_in_4bit,
-                load_in_8bit=self.args.load_in_8bit,
-            )
-            self.settings = generation.choose_settings(
-                self.loaded,
-                max_new_tokens=self.args.max_new_tokens,
-                temperature=self.args.temperature or 0.0,
-                top_p=self.args.top_p,
-                repetition_penalty=self.args.repetition_penalty,
-            )
+            self.loaded = generation.load_for_generation(self.source, self.chat, **loading_options(self.args))
+            chosen = {**sampling_options(self.args), "temperature": self.args.temperature or 0.0}
+            self.settings = generation.choose_settings(self.loaded, **chosen)
         return generation.prompt_limit(self.loaded, self.settings)
 
     def count(self, messages: list[dict]) -> int:
@@ -372,44 +363,21 @@ class Assistant:
         return None if reason in ("not_in_documents", "search_only") else text
 
 
-def converse(assistant: Assistant) -> None:
-    """Talk until `exit` or end of input. Without a terminal stdout gets the answers and stderr everything else."""
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 (input() then has line editing and a history)
-    for channel in (sys.stdin, sys.stdout):
-        channel.reconfigure(errors="replace")
-
-    def say(text, end="\n"):
-        print(text, end=end, file=sys.stdout if terminal else sys.stderr, flush=True)
-
-    say(f"{assistant.model.name() if assistant.model else 'search only'}. This is no medical advice.")
-    say("`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer.")
+def talk(assistant: Assistant) -> None:
+    """Answer what is typed; a question may go on from the one before."""
     history = []
-    while True:
+
+    def answer(line, say, terminal):
         try:
-            if not terminal:
-                say("User: ", end="")
-            line = input("User: " if terminal else "").strip()
-            if not sys.stdin.isatty():  # nobody's keyboard has shown it
-                say(line)
-            if line.lower() == "exit":
-                return
-            if line.lower() == "clear":
-                history = []
-                say("(the conversation is forgotten)")
-            elif line:
-                text = assistant.answer(line, history, "Assistant: " if terminal else "")
-                if text:
-                    history += [{"role": "user", "content": line}, {"role": "assistant", "content": text}]
-        except EOFError:
-            say("")
-            return
-        except KeyboardInterrupt:
-            say("\n(`exit` or Ctrl-D leaves)")
+            text = assistant.answer(line, history, "Assistant: " if terminal else "")
         except ValueError as error:  # a server that fails, a question that does not fit: the next one may be answered
             say(f"({error})")
+            return
+        if text:
+            history.extend([{"role": "user", "content": line}, {"role": "assistant", "content": text}])
+
+    name = assistant.model.name() if assistant.model else "search only"
+    converse(f"{name}. This is no medical advice.", answer, history.clear)
 
 
 def read_questions(path: str) -> list[str]:

@@ -35,6 +35,7 @@ from stagekit.commandline import (
     check_flags,
     check_model_is_named,
     choose_gpus,
+    loading_options,
     run,
 )
 from template import get_template
@@ -308,8 +309,7 @@ def ask_policy(
         name: generation.model_fingerprints(own) for name, own in (("model", source), ("reward", reward_source)) if own
     }
     journal = open_journal(args, benchmarks, output_dir, template=template, **models)
-    quantization = {name: getattr(args, name) for name in ("load_in_4bit", "load_in_8bit")}
-    loaded = generation.load_for_generation(source, chat, args.only_cpu, args.resize_emb, **quantization)
+    loaded = generation.load_for_generation(source, chat, **loading_options(args))
     most = args.max_new_tokens or min(MAX_NEW_TOKENS, (loaded.context_length or 2 * MAX_NEW_TOKENS) // 2)
     settings = generation.choose_settings(loaded, max_new_tokens=most, temperature=0.0)
     window, stride = choose_window(args, loaded.context_length)
@@ -330,7 +330,7 @@ def ask_policy(
         "temperature": 0.0,
         "repetition_penalty": settings.repetition_penalty,
         **{name: getattr(args, name) for name in ("system_prompt", "num_shots", "shots_file", "max_samples", "seed")},
-        **{name: getattr(args, name) for name in ("batch_size", "reward_model", *quantization)},
+        **{name: getattr(args, name) for name in ("batch_size", "reward_model", "load_in_4bit", "load_in_8bit")},
         **{"max_length": window, "stride": stride, "template": chat.name},
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }

@@ -26,6 +26,7 @@ from stagekit.commandline import (
     check_flags,
     check_model_is_named,
     choose_gpus,
+    loading_options,
     run,
 )
 from stagekit.documents import check_docs
@@ -173,7 +174,7 @@ def load_models(args: argparse.Namespace) -> list:
     if args.compare:
         sources.append(find_source(args.compare, None))
         chats.append(load_chat(sources[1], None, args.template_name))
-    options = {name: getattr(args, name) for name in ("only_cpu", "resize_emb", "load_in_4bit", "load_in_8bit")}
+    options = loading_options(args)
     models = [load_for_generation(source, chat, **options) for source, chat in zip(sources, chats, strict=True)]
     if args.compare:
         logger.info("the two share %.1f MiB of weights", share_weights(models[0].model, models[1].model) / 2**20)

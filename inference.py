@@ -9,7 +9,6 @@ found there. --interactive talks, --data_file FILE writes one line of JSON for e
 
 import argparse
 import contextlib
-import sys
 
 from stagekit.commandline import (
     Parser,
@@ -20,7 +19,10 @@ from stagekit.commandline import (
     check_flags,
     check_model_is_named,
     choose_gpus,
+    converse,
+    loading_options,
     run,
+    sampling_options,
 )
 from template import get_template
 
@@ -66,23 +68,13 @@ def main(args: argparse.Namespace) -> None:
     if not args.interactive:
         header = prediction.describe_run(args, source, chat, prompts)
         journal = prediction.open_journal(args.output_file, header)
-    loaded = generation.load_for_generation(
-        source,
-        chat,
-        only_cpu=args.only_cpu,
-        resize_emb=args.resize_emb,
-        load_in_4bit=args.load_in_4bit,
-        load_in_8bit=args.load_in_8bit,
-    )
-    settings = generation.choose_settings(
-        loaded,
-        max_new_tokens=args.max_new_tokens,
-        temperature=0.0 if args.temperature is None and args.data_file else args.temperature,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-    )
+    loaded = generation.load_for_generation(source, chat, **loading_options(args))
+    chosen = sampling_options(args)
+    if args.temperature is None and args.data_file:
+        chosen["temperature"] = 0.0
+    settings = generation.choose_settings(loaded, **chosen)
     if args.interactive:
-        converse(loaded, settings, args.system_prompt)
+        talk(loaded, settings, args.system_prompt)
     else:
         prediction.predict(loaded, settings, prompts, journal, args)
 
@@ -90,56 +82,35 @@ def main(args: argparse.Namespace) -> None:
 # -- chat ------------------------------------------------------------------------------------------------------------
 
 
-def converse(loaded, settings, system_prompt: str | None) -> None:
-    """Talk until `exit` or end of input. Without a terminal stdout gets the answers and stderr everything else."""
+def talk(loaded, settings, system_prompt: str | None) -> None:
+    """Answer what is typed, with all that was said before."""
     from stagekit.generation import PrefixCache, fit_history, prompt_limit, stream
-
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401 (input() then has line editing and a history)
-    for channel in (sys.stdin, sys.stdout):
-        channel.reconfigure(errors="replace")
-
-    def say(text, end="\n"):
-        print(text, end=end, file=sys.stdout if terminal else sys.stderr, flush=True)
 
     source, limit = loaded.source, prompt_limit(loaded, settings)
     recorded = (source.stage or {}).get("template") or {}
     template = recorded.get("name", "own") if loaded.chat.name == "own" else loaded.chat.name
-    say(f"model {source.adapter or source.base}, base {source.base}, template {template}. This is no medical advice.")
-    say("`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer.")
     beginning = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages, trimmed, cache = beginning, False, PrefixCache()
-    while True:
-        try:
-            if not terminal:
-                say("User: ", end="")
-            line = input("User: " if terminal else "").strip()
-            if not sys.stdin.isatty():  # nobody's keyboard has shown it
-                say(line)
-            if line.lower() == "exit":
-                return
-            if line.lower() == "clear":
-                messages, trimmed = beginning, False
-                say("(the conversation is forgotten)")
-            if not line or line.lower() == "clear":
-                continue
-            fitted = fit_history(loaded.chat, [*messages, {"role": "user", "content": line}], limit)
-            if fitted is None:
-                say(f"(this question does not fit: beside --max_new_tokens there is room for {limit} tokens)")
-                continue
-            if len(fitted[0]) <= len(messages) and not trimmed:
-                say("(the model's context is full: from here on the oldest exchanges are forgotten)")
-                trimmed = True
-            text = show(stream(loaded, fitted[1], settings, cache), say, terminal)
-            if text:
-                messages = [*fitted[0], {"role": "assistant", "content": text}]
-        except EOFError:
-            say("")
+
+    def answer(line, say, terminal):
+        nonlocal messages, trimmed
+        fitted = fit_history(loaded.chat, [*messages, {"role": "user", "content": line}], limit)
+        if fitted is None:
+            say(f"(this question does not fit: beside --max_new_tokens there is room for {limit} tokens)")
             return
-        except KeyboardInterrupt:
-            say("\n(`exit` or Ctrl-D leaves)")
+        if len(fitted[0]) <= len(messages) and not trimmed:
+            say("(the model's context is full: from here on the oldest exchanges are forgotten)")
+            trimmed = True
+        text = show(stream(loaded, fitted[1], settings, cache), say, terminal)
+        if text:
+            messages = [*fitted[0], {"role": "assistant", "content": text}]
+
+    def forget():
+        nonlocal messages, trimmed
+        messages, trimmed = beginning, False
+
+    model = f"model {source.adapter or source.base}, base {source.base}, template {template}"
+    converse(f"{model}. This is no medical advice.", answer, forget)
 
 
 def show(answers, say, terminal: bool) -> str:

@@ -30,7 +30,9 @@ from stagekit.commandline import (
     check_flags,
     check_model_is_named,
     choose_gpus,
+    loading_options,
     run,
+    sampling_options,
 )
 from template import get_template
 
@@ -80,21 +82,9 @@ def main(args: argparse.Namespace) -> None:
     waiting = deal_out(prompts, gathered.rows, processes)[rank]
     num_shortened = 0
     if waiting:
-        loaded = generation.load_for_generation(
-            source,
-            chat,
-            only_cpu=args.only_cpu,
-            resize_emb=args.resize_emb,
-            load_in_4bit=args.load_in_4bit,
-            load_in_8bit=args.load_in_8bit,
-        )
-        settings = generation.choose_settings(
-            loaded,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature or 0.0,
-            top_p=args.top_p,
-            repetition_penalty=args.repetition_penalty,
-        )
+        loaded = generation.load_for_generation(source, chat, **loading_options(args))
+        chosen = {**sampling_options(args), "temperature": args.temperature or 0.0}
+        settings = generation.choose_settings(loaded, **chosen)
         num_shortened = prediction.answer_prompts(
             loaded, settings, prompts, waiting, journal, args.batch_size, total=None if rank else len(waiting)
         )

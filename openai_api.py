@@ -19,7 +19,15 @@ import re
 import socket
 from pathlib import Path
 
-from stagekit.commandline import Parser, add_model_flags, check_flags, check_model_is_named, choose_gpus, run
+from stagekit.commandline import (
+    Parser,
+    add_model_flags,
+    check_flags,
+    check_model_is_named,
+    choose_gpus,
+    loading_options,
+    run,
+)
 from template import get_template
 
 logger = logging.getLogger(__name__)
@@ -83,14 +91,7 @@ def main(args: argparse.Namespace) -> None:
 
     source = generation.find_source(args.base_model, args.lora_model)
     chat = generation.load_chat(source, args.tokenizer_path, args.template_name)
-    loaded = generation.load_for_generation(
-        source,
-        chat,
-        only_cpu=args.only_cpu,
-        resize_emb=args.resize_emb,
-        load_in_4bit=args.load_in_4bit,
-        load_in_8bit=args.load_in_8bit,
-    )
+    loaded = generation.load_for_generation(source, chat, **loading_options(args))
     torch.seed()  # torch starts every process with the same one, and the first answers would repeat with each start
     engine = serving.start_engine(loaded, args.max_concurrent_requests)
     try:

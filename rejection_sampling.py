@@ -30,7 +30,15 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from stagekit.commandline import Parser, add_model_flags, add_switch, check_flags, choose_gpus, run
+from stagekit.commandline import (
+    Parser,
+    add_model_flags,
+    add_switch,
+    check_flags,
+    choose_gpus,
+    loading_options,
+    run,
+)
 from template import get_template
 
 logger = logging.getLogger(__name__)
@@ -275,8 +283,7 @@ def sample(args: argparse.Namespace, source, chat, prompt_ids: list[list[int]], 
 
     if len(journal.rows) == len(prompt_ids):
         return
-    quantization = {name: getattr(args, name) for name in ("load_in_4bit", "load_in_8bit")}
-    loaded = load_for_generation(source, chat, args.only_cpu, args.resize_emb, **quantization)
+    loaded = load_for_generation(source, chat, **loading_options(args))
     chosen = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p")}
     settings = choose_settings(loaded, **chosen, repetition_penalty=1.0, top_k=0)
     longest = max(map(len, prompt_ids))

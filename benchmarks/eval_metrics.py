@@ -22,6 +22,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.table import publish
+
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = (
     "患者 症状 发热 咳嗽 头痛 胸闷 腹泻 乏力 皮疹 感染 病毒 细菌 炎症 血压 血糖 血脂 心率 "
@@ -174,10 +176,7 @@ def main():
         "|---|---:|---:|---:|---:|---:|---:|",
         *rows,
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.output:
-        Path(args.output).write_text(text, encoding="utf-8")
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

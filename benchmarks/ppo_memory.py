@@ -11,14 +11,14 @@ process of its own, and the two ways take turns.
 import argparse
 import gc
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from benchmarks.table import hardware, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 1024**2
@@ -141,11 +141,8 @@ def measure(args):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    hardware = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    )
     found = {"peak": peak, "weights": sum(sizes.values()), "seconds": statistics.median(seconds[1:])}
-    print(json.dumps({**found, "hardware": hardware, "torch": torch.__version__}))
+    print(json.dumps({**found, "hardware": hardware(), "torch": torch.__version__}))
 
 
 def main():
@@ -181,10 +178,7 @@ def main():
         title = {"weights": "parameters", "peak": "peak memory", "seconds": "step"}[name]
         digits = 2 if unit == "s" else 0
         lines.append(f"| {title} ({unit}) | {one:,.{digits}f} | {four:,.{digits}f} | {four / one:.2f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.output:
-        Path(args.output).write_text(text, encoding="utf-8")
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ Both ways see the same prompts in one process and take turns; the answers must b
 """
 
 import argparse
-import os
-import platform
 import random
 import statistics
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+
+from benchmarks.table import hardware, publish
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -98,15 +98,11 @@ def main():
         found[False].append(fresh[0])
         lengths = kept[1]
     kept, fresh = ([statistics.median(turn) for turn in zip(*found[way], strict=True)] for way in (True, False))
-    device = loaded.model.device.type
-    hardware = (
-        torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPU cores, {platform.machine()}"
-    )
     size = args.model or f"{args.num_layers} layers of {args.hidden_size}, random weights, float32"
     lines = [
         "# Time to the first token in a growing conversation",
         "",
-        f"{hardware}, torch {torch.__version__}; {size}; questions of {args.question_tokens} tokens, answers of "
+        f"{hardware()}, torch {torch.__version__}; {size}; questions of {args.question_tokens} tokens, answers of "
         f"{args.answer_tokens}; medians of {args.rounds} conversations, the two ways in turns; equal answers "
         "(`python -m benchmarks.prefix_cache`).",
         "",
@@ -116,10 +112,7 @@ def main():
     for turn in sorted({1, args.turns, *range(5, args.turns, 5)}):
         one, two = 1000 * kept[turn - 1], 1000 * fresh[turn - 1]
         lines.append(f"| {turn} | {lengths[turn - 1]:,} | {one:,.0f} | {two:,.0f} | {two / one:.1f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.output:
-        Path(args.output).write_text(text, encoding="utf-8")
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from collections import Counter
 from importlib import metadata
 from pathlib import Path
 
+from benchmarks.table import publish
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 DEPTHS = (1, 3, 5)
@@ -280,10 +282,7 @@ def main():
     for limit in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5):
         counts = (str(sum(value < limit for value in values)) for values in scores.values())
         lines.append(f"| {limit:.2f} | {' | '.join(counts)} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.output:
-        Path(args.output).write_text(text, encoding="utf-8")
+    publish(lines, args.output)
 
 
 if __name__ == "__main__":

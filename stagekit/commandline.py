@@ -4,6 +4,7 @@ Stages, whose arguments are transformers' as well, have arguments.parse_args ins
 """
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -85,6 +86,16 @@ def add_generation_flags(group, temperature: str) -> None:
     group.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that were used before: 1.0")
 
 
+def loading_options(args: argparse.Namespace) -> dict:
+    """What generation.load_for_generation takes of add_model_flags' flags."""
+    return {name: getattr(args, name) for name in ("only_cpu", "resize_emb", "load_in_4bit", "load_in_8bit")}
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    """What generation.choose_settings takes of add_generation_flags' flags; None where one was not given."""
+    return {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "repetition_penalty")}
+
+
 def check_model_is_named(args: argparse.Namespace, parser: Parser) -> None:
     """End the program where add_model_flags' flags name no model."""
     if not (args.base_model or args.lora_model):
@@ -118,6 +129,47 @@ def choose_gpus(only_cpu: bool, gpus: str | None) -> None:
 
     if gpus and torch.cuda.device_count() < gpus.count(",") + 1:
         raise ValueError(f"--gpus {gpus}: {torch.cuda.device_count()} of these GPUs can be used here")
+
+
+def converse(greeting: str, answer: Callable[[str, Callable, bool], None], forget: Callable[[], None]) -> None:
+    """Talk until `exit` or end of input. Without a terminal stdout gets the answers and stderr everything else.
+
+    Args:
+        greeting: the first line.
+        answer: given the user's line, say(text, end) for whatever is no answer, and whether this is a terminal.
+        forget: begins a new conversation.
+    """
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 (input() then has line editing and a history)
+    for channel in (sys.stdin, sys.stdout):
+        channel.reconfigure(errors="replace")
+
+    def say(text, end="\n"):
+        print(text, end=end, file=sys.stdout if terminal else sys.stderr, flush=True)
+
+    say(greeting)
+    say("`clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer.")
+    while True:
+        try:
+            if not terminal:
+                say("User: ", end="")
+            line = input("User: " if terminal else "").strip()
+            if not sys.stdin.isatty():  # nobody's keyboard has shown it
+                say(line)
+            if line.lower() == "exit":
+                return
+            if line.lower() == "clear":
+                forget()
+                say("(the conversation is forgotten)")
+            elif line:
+                answer(line, say, terminal)
+        except EOFError:
+            say("")
+            return
+        except KeyboardInterrupt:
+            say("\n(`exit` or Ctrl-D leaves)")
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str, if_interrupted: str) -> None:

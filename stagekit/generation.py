@@ -128,7 +128,8 @@ def model_fingerprints(source: Source) -> list[str | None]:
 
 def load_chat(source: Source, tokenizer_path: str | None = None, template_name: str | None = None) -> Chat:
     """Load the tokenizer with its chat template, or with a named one."""
-    return prepare_chat(load_tokenizer(source, _model_arguments(source, tokenizer_path)), template_name)
+    args = model_arguments(source, tokenizer_name_or_path=tokenizer_path)
+    return prepare_chat(load_tokenizer(source, args), template_name)
 
 
 def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=False, **quantization) -> LoadedModel:
@@ -143,10 +144,10 @@ def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=F
     Raises:
         ValueError: no model there, the tokenizer is larger than the embeddings, or the adapter does not fit.
     """
-    args = _model_arguments(source, **quantization)
+    args = model_arguments(source, **quantization)
     config = load_config(source, args)
     model = _load_base(source, args, config, only_cpu)
-    _fit_embeddings(model, chat.tokenizer, resize_emb)
+    fit_embeddings(model, chat.tokenizer, resize_emb)
     defaults = model.generation_config
     if source.adapter and Path(source.adapter, "generation_config.json").is_file():
         defaults = GenerationConfig.from_pretrained(source.adapter)
@@ -154,13 +155,7 @@ def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=F
     for directory in source.merged:
         model = merge_adapter(model, directory)
     if source.adapter:
-        try:
-            model = PeftModel.from_pretrained(model, source.adapter)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"adapter {source.adapter} does not fit {source.base} (--resize_emb True?): {reason}"
-            ) from error
+        model = put_adapter(model, source)
     eos = defaults.eos_token_id
     stop_ids = chat.stop_ids + (eos if isinstance(eos, list) else [] if eos is None else [eos])
     text = config.get_text_config()
@@ -186,26 +181,44 @@ def _load_base(source, args, config, only_cpu):
         raise ValueError(f"{source.base}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _model_arguments(source, tokenizer_path=None, **quantization):
+def model_arguments(source: Source, **options) -> ModelArguments:
+    """ModelArguments for a base, in the revision that what stands on it was trained on."""
     revision = (source.stage or {}).get("base_model", {}).get("revision")
-    return ModelArguments(
-        model_name_or_path=source.base,
-        tokenizer_name_or_path=tokenizer_path,
-        model_revision=None if os.path.isdir(source.base) else revision,
-        **quantization,
-    )
+    pinned = None if os.path.isdir(source.base) else revision
+    return ModelArguments(model_name_or_path=source.base, model_revision=pinned, **options)
 
 
-def _fit_embeddings(model, tokenizer, resize):
+def fit_embeddings(model: torch.nn.Module, tokenizer, resize: bool) -> None:
+    """Give the embeddings a row for every token of the tokenizer.
+
+    Raises:
+        ValueError: rows are missing, and `resize` does not allow to add them.
+    """
     needed = max(tokenizer.get_vocab().values()) + 1
     rows = model.get_input_embeddings().weight.shape[0]
     if needed > rows and not resize:
         raise ValueError(
-            f"the tokenizer has {needed} tokens and the model embeddings for {rows}; --resize_emb True adds "
-            "untrained rows, or give the tokenizer that belongs to the model (--tokenizer_path)"
+            f"the tokenizer has {needed} tokens and the model embeddings for {rows}; --resize_emb True adds rows, "
+            "untrained unless the adapter brings them, or give the tokenizer that belongs to the model "
+            "(--tokenizer_path)"
         )
     if needed > rows:
         model.resize_token_embeddings(needed)
+
+
+def put_adapter(model: torch.nn.Module, source: Source) -> PeftModel:
+    """Put a source's adapter on its base.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    try:
+        return PeftModel.from_pretrained(model, source.adapter)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"adapter {source.adapter} does not fit {source.base} (--resize_emb True?): {reason}"
+        ) from error
 
 
 def choose_settings(loaded: LoadedModel, **chosen: float | None) -> Settings:

@@ -118,6 +118,30 @@ def tiny_bloom(tmp_path_factory):
     return build_model(tmp_path_factory.mktemp("models") / "bloom", "bloom", chat=False)
 
 
+QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; skips, or fails under REQUIRE_CHROMIUM=1, where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    missing = None if path else f"none of {', '.join(names)} is installed and CHROMIUM names none"
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        missing = "the package playwright is not installed"
+    if missing:
+        (pytest.fail if os.environ.get("REQUIRE_CHROMIUM") == "1" else pytest.skip)(f"no browser: {missing}")
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=QUIET)
+        yield started
+        started.close()
+
+
 def write_jsonl(path, rows):
     """Write rows as JSON lines and return the path."""
     path = Path(path)

@@ -8,9 +8,7 @@ import contextlib
 import http.server
 import itertools
 import logging
-import os
 import re
-import shutil
 import socket
 import sqlite3
 import subprocess
@@ -304,7 +302,7 @@ def test_the_demo_asks_exactly_what_inference_asks(sft, monkeypatch, system_prom
         patched.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
         patched.setattr("builtins.input", lambda prompt="": next(lines, "exit").replace("\n", "\x0b"))
         settings = greedy(sft, max_new_tokens=max_new_tokens)
-        inference.converse(sft, settings, system_prompt)
+        inference.talk(sft, settings, system_prompt)
     by_demo = script()
     session = Session([sft], system_prompt, max_new_tokens=max_new_tokens)
     for question in questions:
@@ -528,27 +526,6 @@ def test_with_a_password_nobody_gets_in_without_it(sft):
 
 
 # -- the page in a browser -------------------------------------------------------------------------------------------
-
-QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium; skips, or fails under REQUIRE_CHROMIUM=1, where there is none."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    missing = None if path else f"none of {', '.join(names)} is installed and CHROMIUM names none"
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing = "the package playwright is not installed"
-    if missing:
-        (pytest.fail if os.environ.get("REQUIRE_CHROMIUM") == "1" else pytest.skip)(f"no browser: {missing}")
-    with sync_playwright() as playwright:
-        flags = [*QUIET, "--disable-component-update", "--disable-sync"]
-        started = playwright.chromium.launch(executable_path=path, args=flags)
-        yield started
-        started.close()
 
 
 class Visitor:

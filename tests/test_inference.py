@@ -252,7 +252,7 @@ class Scripted:
 
     def run(self, system_prompt=None, **settings):
         settings = {"temperature": 0.0, "max_new_tokens": 16, **settings}
-        inference.converse(self.loaded, generation.choose_settings(self.loaded, **settings), system_prompt)
+        inference.talk(self.loaded, generation.choose_settings(self.loaded, **settings), system_prompt)
 
 
 @pytest.fixture(scope="module")

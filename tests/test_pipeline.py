@@ -1,14 +1,7 @@
 """scripts/run_pipeline.sh: what follows what, with a recorder in Python's place."""
 
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
-
 import pytest
-from conftest import ROOT
-from test_rounds import call
-from test_scripts import READ, write_program
+from test_rounds import record
 
 OWN = ("STAGES", "EVAL_DATA", "EVALUATE")
 SCRIPTS = {
@@ -34,24 +27,8 @@ esac
 
 @pytest.fixture
 def pipeline(tmp_path):
-    """Run the script with a recorder: .run() gives its calls as {flag: value}, .outputs is where."""
-    calls, outputs = tmp_path / "calls", tmp_path / "outputs"
-    program = write_program(tmp_path / "bin" / "python", RECORDER.format(python=sys.executable, calls=calls))
-    write_program(tmp_path / "bin" / "nvidia-smi", "exit 9\n")
-
-    def run(*arguments, code=0, **variables):
-        calls.write_text("")
-        environment = {name: value for name, value in os.environ.items() if name not in (*READ, *OWN)}
-        environment |= {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(program)}
-        environment |= {"OUTPUT_ROOT": str(outputs), "BASE_MODEL": "a/b", "FAIL": "no such script", **variables}
-        script = ["sh", ROOT / "scripts/run_pipeline.sh", *arguments]
-        result = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
-        assert result.returncode == code, result.stderr
-        found.printed = result.stdout + result.stderr
-        return [call(line) for line in calls.read_text().splitlines()]
-
-    found = SimpleNamespace(run=run, outputs=outputs)
-    return found
+    """See record."""
+    return record(tmp_path, "scripts/run_pipeline.sh", RECORDER, OWN, BASE_MODEL="a/b")
 
 
 def names(calls):

@@ -987,24 +987,6 @@ def test_the_report_needs_no_model_library():
 # -- in a browser ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """A headless Chromium; skips, or fails under REQUIRE_CHROMIUM=1, where there is none."""
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
-    missing = None if path else f"none of {', '.join(names)} is installed and CHROMIUM names none"
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        missing = "the package playwright is not installed"
-    if missing:
-        (pytest.fail if os.environ.get("REQUIRE_CHROMIUM") == "1" else pytest.skip)(f"no browser: {missing}")
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def visit(browser, full, tmp_path):
     """Open the page; returns a function (width, more options of the browser's context) -> page, with .noted."""

@@ -36,28 +36,44 @@ esac
 """
 
 
-@pytest.fixture
-def rounds(tmp_path):
-    """Run the script with a recorder: .run() gives its calls as {flag: value}, .outputs is where."""
+def record(tmp_path, script, recorder, own, **fixed):
+    """Run a script with a recorder in Python's place.
+
+    Args:
+        recorder: what that does, a shell script with {python} and {calls}.
+        own: names of variables the script reads beside those of scripts/env.sh.
+        **fixed: variables it is always given.
+
+    Returns:
+        .run(*arguments, code=0, **variables) gives its calls as {flag: value}; .outputs is where they go.
+    """
     calls, outputs = tmp_path / "calls", tmp_path / "outputs"  # noqa: F811
-    program = write_program(tmp_path / "bin" / "python", RECORDER.format(python=sys.executable, calls=calls))
+    program = write_program(tmp_path / "bin" / "python", recorder.format(python=sys.executable, calls=calls))
     write_program(tmp_path / "bin" / "nvidia-smi", "exit 9\n")
-    for name in ("sft", "rm"):
-        (outputs / name).mkdir(parents=True)
-        (outputs / name / "stage.json").write_text('{"base_model": {"name_or_path": "a/b"}}')
 
     def run(*arguments, code=0, **variables):
         calls.write_text("")
-        environment = {name: value for name, value in os.environ.items() if name not in (*READ, *OWN)}
+        environment = {name: value for name, value in os.environ.items() if name not in (*READ, *own)}
         environment |= {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(program)}
-        environment |= {"OUTPUT_ROOT": str(outputs), "FAIL": "no such script", "KEPT": "{}\\n", **variables}
-        script = ["sh", ROOT / "scripts/run_rounds.sh", *arguments]
-        result = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path)
+        environment |= {"OUTPUT_ROOT": str(outputs), "FAIL": "no such script", **fixed, **variables}
+        command = ["sh", ROOT / script, *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == code, result.stderr
         found.stdout, found.printed = result.stdout.splitlines(), result.stdout + result.stderr
         return [call(line) for line in calls.read_text().splitlines()]
 
-    found = SimpleNamespace(run=run, outputs=outputs, directory=outputs / "rounds")
+    found = SimpleNamespace(run=run, outputs=outputs)
+    return found
+
+
+@pytest.fixture
+def rounds(tmp_path):
+    """See record; .directory is where the rounds are."""
+    found = record(tmp_path, "scripts/run_rounds.sh", RECORDER, OWN, KEPT="{}\\n")
+    found.directory = found.outputs / "rounds"
+    for name in ("sft", "rm"):
+        (found.outputs / name).mkdir(parents=True)
+        (found.outputs / name / "stage.json").write_text('{"base_model": {"name_or_path": "a/b"}}')
     return found
 
 

@@ -178,15 +178,6 @@ def find_chain(base_model: str | None, lora_model: str):
     return source
 
 
-def model_arguments(source, **options):
-    """ModelArguments for a base, in the revision that the chain was trained on."""
-    from stagekit.arguments import ModelArguments
-
-    revision = (source.stage or {}).get("base_model", {}).get("revision")
-    pinned = None if os.path.isdir(source.base) else revision
-    return ModelArguments(model_name_or_path=source.base, model_revision=pinned, **options)
-
-
 def plan_merge(args, source) -> Plan:
     """Choose type and device, and predict memory and disk.
 
@@ -196,6 +187,7 @@ def plan_merge(args, source) -> Plan:
     import torch
 
     from stagekit.export import check_room, size_text
+    from stagekit.generation import model_arguments
     from stagekit.memory import available_bytes, count_parameters, used_bytes
     from stagekit.modeling import inference_device, is_reward_model, load_config, model_class
 
@@ -235,6 +227,7 @@ def plan_merge(args, source) -> Plan:
 
 def load_text_side(args, source, plan):
     """(tokenizer, Chat); no Chat where there is no template and none was named."""
+    from stagekit.generation import model_arguments
     from stagekit.modeling import load_tokenizer, prepare_to_score
     from stagekit.pairs import padding_id
     from stagekit.tokenization import prepare_chat
@@ -258,9 +251,9 @@ def load_chain(args, source, plan, tokenizer):
     Raises:
         ValueError: weights that do not belong together.
     """
-    from peft import PeftModel
     from transformers import GenerationConfig
 
+    from stagekit.generation import fit_embeddings, model_arguments, put_adapter
     from stagekit.modeling import load_model
 
     names = [os.path.basename(os.path.normpath(path)) for path in (*source.merged, source.adapter)]
@@ -269,21 +262,8 @@ def load_chain(args, source, plan, tokenizer):
     model = load_model(source, model_arguments(source, dtype="float32"), settings, plan.config, scores=plan.scores)
     if not plan.scores:
         model.generation_config = GenerationConfig()  # generate() fills what a call leaves open from here: nothing
-    needed, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
-    if needed > rows and not args.resize_emb:
-        raise ValueError(
-            f"the tokenizer has {needed} tokens and the base embeddings for {rows}; --resize_emb True adds rows for "
-            "the adapter to fill, or give the tokenizer that belongs to the model (--tokenizer_path)"
-        )
-    if needed > rows:
-        model.resize_token_embeddings(needed)
-    try:
-        model = PeftModel.from_pretrained(model, source.adapter)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"adapter {source.adapter} does not fit {source.base} (--resize_emb True?): {reason}"
-        ) from error
+    fit_embeddings(model, tokenizer, args.resize_emb)
+    model = put_adapter(model, source)
     return model.to(plan.device).eval()
 
 
@@ -541,6 +521,7 @@ def say_quantised(source, plan, rows, merged) -> dict:
     """
     from peft import PeftModel
 
+    from stagekit.generation import model_arguments
     from stagekit.modeling import load_config, load_model
 
     bits = "4-bit" if plan.quantised == "load_in_4bit" else "8-bit"

@@ -89,6 +89,7 @@ def main(args: argparse.Namespace) -> None:
     texts = read_texts(args.text_file, args.max_texts)
     choose_gpus(args.only_cpu, args.gpus)
     from stagekit.export import check_target, export_record, finish, staged, weight_bytes
+    from stagekit.generation import model_arguments
     from stagekit.modeling import inference_device, load_tokenizer
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every int8 layer that is given fp32
@@ -134,6 +135,7 @@ def find_model(name: str):
         ValueError: an adapter, a reward model, or a model that is quantised already.
     """
     from stagekit.checkpoint import resolve
+    from stagekit.generation import model_arguments
     from stagekit.modeling import load_config
 
     source = resolve(name)
@@ -147,13 +149,6 @@ def find_model(name: str):
     if getattr(config, "quantization_config", None):
         raise ValueError(f"--model {name} is quantised already; name the model it was made from")
     return source, config
-
-
-def model_arguments(source, **options):
-    """ModelArguments for what --model names."""
-    from stagekit.arguments import ModelArguments
-
-    return ModelArguments(model_name_or_path=source.base, **options)
 
 
 def read_texts(path: str, limit: int) -> list[str]:
@@ -227,6 +222,7 @@ def perplexity_of(source, config, tokenizer, texts, context_length, device, titl
 
 def load(source, config, device, dtype, **quantization):
     """Load the model itself, in a number format or quantised."""
+    from stagekit.generation import model_arguments
     from stagekit.modeling import load_model
 
     settings = SimpleNamespace(bf16=False, fp16=False, use_cpu=device == "cpu", deepspeed=None)
