@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -86,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         f"{default.overlap_chars}",
     )
     search = parser.add_argument_group("search")
-    search.add_argument("--top_k", type=int, default=5, help="passages given to the model, default 5")
+    search.add_argument("--top_k", type=int, help="passages given to the model, default 5")
     search.add_argument(
         "--min_score",
         type=float,
@@ -101,9 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     server = parser.add_argument_group("… or an OpenAI-compatible server")
     server.add_argument("--api_base", help="its address, such as http://127.0.0.1:8000/v1")
     server.add_argument("--api_model", help="name of the model there")
-    server.add_argument(
-        "--context_length", type=int, default=8192, help="tokens of prompt and answer that it holds, default 8192"
-    )
+    server.add_argument("--context_length", type=int, help="tokens of prompt and answer that it holds, default 8192")
     task = parser.add_argument_group("task (default: chat; `clear` forgets it, `exit` leaves, Ctrl-C stops an answer)")
     task.add_argument("--question", help="answer this and end")
     task.add_argument(
@@ -111,11 +110,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     task.add_argument(
         "--output_file",
-        default="answers.jsonl",
         help="where these answers go, default answers.jsonl (replaced if it exists). Until all are there they stand "
         "in OUTPUT_FILE.partial, from which the same command continues after an interruption",
     )
-    task.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     tokens = parser.add_argument_group("generation (default: the checkpoint's or the server's, else as named here)")
     add_generation_flags(tokens, temperature="0 takes the likeliest token, default 0 (a server: its own)")
 
@@ -140,6 +137,9 @@ def _check(args, parser):
         parser.error("--question and --questions_file exclude each other; give one")
     if args.question is not None and not args.question.strip():
         parser.error("--question is empty")
+    if args.output_file and not args.questions_file:
+        parser.error("--output_file belongs to --questions_file; other answers are printed")
+    args.output_file = args.output_file or "answers.jsonl"
     _check_model(args, parser)
 
 
@@ -157,8 +157,11 @@ def _check_model(args, parser):
         for name in NOT_FOR_SERVERS:
             if getattr(args, name):
                 parser.error(f"--{name} and --api_base exclude each other: the server has its own model")
+        args.context_length = args.context_length or 8192
         if args.max_new_tokens and args.max_new_tokens >= args.context_length:
             parser.error(f"--max_new_tokens {args.max_new_tokens} leaves no room in --context_length")
+    elif args.context_length:
+        parser.error("--context_length belongs to --api_base: a model on this machine knows its own")
     if not (args.base_model or args.lora_model or args.api_base or args.search_only):
         parser.error(
             "a model is missing: --lora_model or --base_model, or --api_base with --api_model, or --search_only"
@@ -281,9 +284,12 @@ class Server:
         """Yield (the answer so far, why it ended or None).
 
         Raises:
-            ValueError: the server cannot be reached or refuses.
+            TooLong: the server finds it so.
+            ValueError: it cannot be reached or refuses.
         """
         from openai import OpenAIError
+
+        from stagekit.grounding import TooLong
 
         chosen = {
             "max_tokens": self.args.max_new_tokens,
@@ -303,7 +309,8 @@ class Server:
                         yield text.strip(), None
         except OpenAIError as error:
             line = " ".join(str(error).split())[:300]
-            raise ValueError(f"--api_base {self.args.api_base}: {line}") from error
+            kind = TooLong if getattr(error, "code", None) == "context_length_exceeded" else ValueError
+            raise kind(f"--api_base {self.args.api_base}: {line}") from error
         yield text.strip(), reason or "interrupted"
 
 
@@ -314,26 +321,24 @@ class Assistant:
     """Answers questions from an index with a model."""
 
     def __init__(self, index, model, args: argparse.Namespace):
-        from stagekit.grounding import MIN_COSINE, MIN_SCORE
+        from stagekit.grounding import MIN_COSINE, MIN_SCORE, TOP_K
 
-        self.index, self.model, self.top_k = index, model, args.top_k
+        self.index, self.model, self.top_k = index, model, args.top_k or TOP_K
         self.min_score = MIN_SCORE if args.min_score is None else args.min_score
         self.min_cosine = MIN_COSINE if args.min_cosine is None else args.min_cosine
 
     def ask(self, question: str, history: list[dict]) -> tuple[list, Iterator[tuple[str, str | None]]]:
         """Search, and begin an answer: (the passages it is given, the answer as it grows and why it ended)."""
-        from stagekit.grounding import NOT_FOUND, build_messages, is_answerable, language
+        from stagekit.grounding import ground
 
-        asked = [message["content"] for message in history if message["role"] == "user"]
-        passages = self.index.search(question, self.top_k, asked)
         if self.model is None:
-            return passages, iter([("", "search_only")])
-        if not is_answerable(passages, self.min_score, self.min_cosine):
-            return [], iter([(NOT_FOUND[language(question)], "not_in_documents")])
-        limit = self.model.limit()
-        messages, passages = build_messages(
-            question, history, passages, self.model.count, limit, escape=self.model.escape
-        )
+            return self.index.search(question, self.top_k), iter([("", "search_only")])
+        least = {"min_score": self.min_score, "min_cosine": self.min_cosine}
+        count, limit, escape = self.model.count, self.model.limit, self.model.escape
+        found = ground(self.index, question, history, count, limit, self.top_k, **least, escape=escape)
+        if isinstance(found, str):
+            return [], iter([(found, "not_in_documents")])
+        messages, passages = found
         return passages, self.model.stream(messages)
 
     def answer(self, question: str, history: list[dict], begin: str = "") -> str | None:
@@ -380,62 +385,71 @@ def talk(assistant: Assistant) -> None:
     converse(f"{name}. This is no medical advice.", answer, history.clear)
 
 
-def read_questions(path: str) -> list[str]:
-    """Read the questions of a file.
+def read_questions(path: str) -> list[tuple[str, str]]:
+    """Read (question, "file:line") of every question of a file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it holds none, or a row has no "question".
     """
-    from stagekit.data import find_files, read_records, read_text
+    from stagekit.formats import RowError
+    from stagekit.prediction import questions_of
 
-    questions = []
-    for file in find_files(path):
-        if file.name.removesuffix(".gz").endswith(".txt"):
-            questions += [line.strip() for line in read_text(file).split("\n") if line.strip()]
-            continue
-        for record, number in read_records(file):
-            question = record.get("question") if isinstance(record, dict) else None
-            if not isinstance(question, str) or not question.strip():
-                raise ValueError(f'{file}:{number}: expected a row with "question", a text')
-            questions.append(question)
+    def read(record):
+        question = record.get("question") if isinstance(record, dict) else None
+        if not isinstance(question, str) or not question.strip():
+            raise RowError('expected a row with "question", a text')
+        return question
+
+    questions = questions_of(path, read)
     if not questions:
         raise ValueError(f"--questions_file {path} holds no question")
     return questions
 
 
-def answer_file(assistant: Assistant, questions: list[str], args: argparse.Namespace) -> None:
-    """Answer every question that an interrupted run has not answered yet, and write the output file."""
+def answer_file(assistant: Assistant, questions: list[tuple[str, str]], args: argparse.Namespace) -> None:
+    """Answer every question that an interrupted run has not answered yet, and write the output file.
+
+    Raises:
+        ValueError: a question cannot be answered; it is named by file and line. One that is too long gets a row.
+    """
     from tqdm import tqdm
 
-    from stagekit.grounding import cited_numbers
+    from stagekit.grounding import TooLong, cited_numbers
     from stagekit.journal import Journal
 
     if Path(args.output_file).is_dir():
         raise ValueError(f"--output_file {args.output_file} is a directory; name a file in it")
     Path(args.output_file).absolute().parent.mkdir(parents=True, exist_ok=True)
-    names = ("top_k", "search_only", "context_length", "max_new_tokens", "temperature", "top_p", "repetition_penalty")
+    names = ("search_only", "context_length", "max_new_tokens", "temperature", "top_p", "repetition_penalty")
     header = {
-        "questions_file": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
+        "questions_file": hashlib.sha256(json.dumps([text for text, _ in questions]).encode()).hexdigest(),
         "docs": assistant.index.fingerprint(),
         "model": assistant.model.fingerprint() if assistant.model else None,
-        "min_score": assistant.min_score,
-        "min_cosine": assistant.min_cosine,
+        **{name: getattr(assistant, name) for name in ("top_k", "min_score", "min_cosine")},
         **{name: getattr(args, name) for name in names},
     }
     journal = Journal(Path(f"{args.output_file}.partial"), header)
-    for index, question in enumerate(tqdm(questions, unit="question")):
+    for index, (question, origin) in enumerate(tqdm(questions, unit="question")):
         if index in journal.rows:
             continue
-        passages, answers = assistant.ask(question, [])
-        *_, (text, reason) = answers
+        try:
+            passages, answers = assistant.ask(question, [])
+            *_, (text, reason) = answers
+        except TooLong:
+            passages, text, reason = [], "", "prompt_too_long"
+        except ValueError as error:
+            raise ValueError(f"{origin}: {error}") from error
         cited = cited_numbers(text, len(passages))
         found = [{**asdict(passage), "cited": number in cited} for number, passage in enumerate(passages, 1)]
         row = {"index": index, "question": question, "answer": text, "finish_reason": reason, "passages": found}
         journal.add(row)
-    missing = sum(row["finish_reason"] == "not_in_documents" for row in journal.rows.values())
+    reasons = Counter(row["finish_reason"] for row in journal.rows.values())
     journal.finish(args.output_file)
+    missing, too_long = reasons["not_in_documents"], reasons["prompt_too_long"]
     logger.info("%s: %d answers, of them %d not in the documents", args.output_file, len(questions), missing)
+    if too_long:
+        logger.warning("%d not asked: longer than the model's context (finish_reason prompt_too_long)", too_long)
 
 
 if __name__ == "__main__":

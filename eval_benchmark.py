@@ -116,7 +116,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     work.add_argument(
         "--stride", type=int, help="tokens a window of text goes on by, the others are context; default half of it"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     args = parser.parse_args(argv)
     _check(args, parser)
     return args

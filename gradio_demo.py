@@ -26,6 +26,7 @@ from stagekit.commandline import (
     check_flags,
     check_model_is_named,
     choose_gpus,
+    is_loopback,
     loading_options,
     run,
 )
@@ -35,7 +36,7 @@ from template import get_template
 logger = logging.getLogger(__name__)
 
 FIRST_PORT, NUM_PORTS = 7860, 100
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL = "127.0.0.1"
 SLIDERS = ("max_new_tokens", "temperature", "top_p", "repetition_penalty")
 
 
@@ -59,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="sentence-transformers model that adds search by meaning; needs pip install sentence-transformers",
     )
     page = parser.add_argument_group("page")
-    page.add_argument("--host", default=LOCAL[0], help="address to listen on, default 127.0.0.1: this machine alone")
+    page.add_argument("--host", default=LOCAL, help="address to listen on, default 127.0.0.1: this machine alone")
     page.add_argument("--port", type=int, help=f"default: the first free one from {FIRST_PORT} on; 0: any free one")
     add_switch(page, "--share", "also make a public address through gradio.live (needs the network)")
     page.add_argument(
@@ -67,7 +68,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="USER:PASSWORD",
         help="ask for these. Better set the environment variable GRADIO_AUTH: command lines are seen and logged",
     )
-    page.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
 
     args = parser.parse_args(argv)
     _check(args, parser)
@@ -110,7 +110,7 @@ def main(args: argparse.Namespace) -> None:
         docs_settings = choose_settings(models[0], **{**chosen, "temperature": args.temperature or 0.0})
         docs = (Path(args.docs).resolve().name, index, docs_settings) if index else None
         demo = build_demo(models, settings, args.system_prompt, docs)
-        if not args.auth and (args.share or args.host not in LOCAL):
+        if not args.auth and (args.share or not is_loopback(args.host)):
             use = "use it and read the documents" if docs else "use it"
             logger.warning("whoever reaches this address can %s; GRADIO_AUTH=user:password asks for a password", use)
         address = serve(demo, args.host, port, args.auth, args.share)
@@ -141,7 +141,7 @@ def find_port(host: str, port: int | None) -> int:
     for candidate in range(FIRST_PORT, FIRST_PORT + NUM_PORTS) if port is None else [port]:
         try:
             found = _bind(family, address[0], candidate)
-            _bind(socket.AF_INET, LOCAL[0], found)  # gradio looks there, whatever the host is
+            _bind(socket.AF_INET, LOCAL, found)  # gradio looks there, whatever the host is
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise ValueError(f"cannot listen on {host} port {candidate}: {error.strerror}") from None

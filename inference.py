@@ -16,8 +16,7 @@ from stagekit.commandline import (
     add_model_flags,
     add_prediction_flags,
     add_switch,
-    check_flags,
-    check_model_is_named,
+    check_prediction_flags,
     choose_gpus,
     converse,
     loading_options,
@@ -34,7 +33,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     task = parser.add_argument_group("task (one of the first two)")
     add_switch(task, "--interactive", "chat: `clear` forgets the conversation, `exit` leaves, Ctrl-C stops an answer")
     add_prediction_flags(task)
-    parser.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     add_generation_flags(
         parser.add_argument_group("generation (default: the checkpoint's generation_config.json, else as named here)"),
         temperature="0 takes the likeliest token; --data_file: 0, --interactive: the checkpoint's, else 0.7",
@@ -46,10 +44,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check(args, parser):
-    check_flags(args, parser, ("max_new_tokens", "batch_size", "repetition_penalty"))
-    check_model_is_named(args, parser)
+    check_prediction_flags(args, parser)
     if bool(args.interactive) == bool(args.data_file):
         parser.error("give one of --interactive (chat) and --data_file FILE (answer its questions)")
+    for name in ("output_file", "batch_size"):
+        if args.interactive and getattr(args, name) is not None:
+            parser.error(f"--{name} belongs to --data_file; a chat has none")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -84,11 +84,10 @@ def main(args: argparse.Namespace) -> None:
 
 def talk(loaded, settings, system_prompt: str | None) -> None:
     """Answer what is typed, with all that was said before."""
-    from stagekit.generation import PrefixCache, fit_history, prompt_limit, stream
+    from stagekit.generation import PrefixCache, prompt_limit, stream, template_name
+    from stagekit.prompts import fit_history
 
     source, limit = loaded.source, prompt_limit(loaded, settings)
-    recorded = (source.stage or {}).get("template") or {}
-    template = recorded.get("name", "own") if loaded.chat.name == "own" else loaded.chat.name
     beginning = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages, trimmed, cache = beginning, False, PrefixCache()
 
@@ -109,12 +108,14 @@ def talk(loaded, settings, system_prompt: str | None) -> None:
         nonlocal messages, trimmed
         messages, trimmed = beginning, False
 
-    model = f"model {source.adapter or source.base}, base {source.base}, template {template}"
+    model = f"model {source.adapter or source.base}, base {source.base}, template {template_name(loaded)}"
     converse(f"{model}. This is no medical advice.", answer, forget)
 
 
 def show(answers, say, terminal: bool) -> str:
-    """Print an answer while it grows, until it ends or Ctrl-C; return what there is of it."""
+    """Print an answer while it grows, until it ends, Ctrl-C or no memory is left; return what there is of it."""
+    from stagekit.generation import OutOfMemory
+
     text, reason = "", None
     if terminal:
         say("Assistant: ", end="")
@@ -124,10 +125,12 @@ def show(answers, say, terminal: bool) -> str:
                 print(answer.text[len(text) :], end="", flush=True)
                 text, reason = answer.text, answer.finish_reason
         except KeyboardInterrupt:
-            reason = "interrupted"
+            reason = "stopped"
+        except OutOfMemory as error:
+            reason = str(error)
     print(flush=True)
     if reason != "stop":
-        say("(stopped)" if reason == "interrupted" else "(cut off by --max_new_tokens)")
+        say("(cut off by --max_new_tokens)" if reason == "length" else f"({reason})")
     return text
 
 

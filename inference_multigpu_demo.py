@@ -27,8 +27,7 @@ from stagekit.commandline import (
     add_generation_flags,
     add_model_flags,
     add_prediction_flags,
-    check_flags,
-    check_model_is_named,
+    check_prediction_flags,
     choose_gpus,
     loading_options,
     run,
@@ -45,14 +44,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model (--base_model or --lora_model is enough)")
     add_model_flags(model, gpus="each process uses one")
     add_prediction_flags(parser.add_argument_group("task"))
-    parser.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     add_generation_flags(
         parser.add_argument_group("generation (default: the checkpoint's generation_config.json, else as named here)"),
         temperature="0, the default, takes the likeliest token",
     )
     args = parser.parse_args(argv)
-    check_flags(args, parser, ("max_new_tokens", "batch_size", "repetition_penalty"))
-    check_model_is_named(args, parser)
+    check_prediction_flags(args, parser)
     if not args.data_file:
         parser.error("--data_file is missing: name a file or directory of questions")
     return args
@@ -169,9 +166,12 @@ class Gathered:
 
         for path in self.journals():
             start = self.read_up_to.get(path, 0)
-            lines, self.read_up_to[path] = read_lines(path, start)
-            if start == 0 and lines:
+            lines, end = read_lines(path, start)
+            if start == 0:
+                if len(lines) < 2:  # no answer: its process, now or later, may write the header anew
+                    continue
                 check_header(path, lines.pop(0), self.header)
+            self.read_up_to[path] = end
             self.rows.update((row["index"], row) for row in lines)
 
     def wait_for(self, count: int) -> None:

@@ -25,6 +25,7 @@ from stagekit.commandline import (
     check_flags,
     check_model_is_named,
     choose_gpus,
+    is_loopback,
     loading_options,
     run,
 )
@@ -64,7 +65,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     limits.add_argument(
         "--timeout_seconds", type=float, default=600.0, help="longest time for a request, waiting included: 600"
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     args = parser.parse_args(argv)
     check_flags(args, parser, ("max_new_tokens", "max_concurrent_requests", "max_body_bytes", "timeout_seconds"))
     check_model_is_named(args, parser)
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         logger.info("model %s: http://%s:%d/v1%s", server.name, shown, port, " (key required)" if key else "")
-        if key is None and not openai_server.is_loopback(args.host):
+        if key is None and not is_loopback(args.host):
             logger.warning("whoever reaches %s can use the model: set API_KEY", shown)
         uvicorn.Server(openai_server.uvicorn_config(server.app())).run(sockets=[listener])
     finally:

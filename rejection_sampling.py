@@ -107,7 +107,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--min_margin", type=float, default=0.01, help="a pair's scores differ by at least this, default 0.01"
     )
     add_switch(kept, "--keep_cut", "let answers be best that --max_new_tokens cut off; they may always be worst")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     args = parser.parse_args(argv)
     _check(args, parser)
     return args
@@ -116,7 +115,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _check(args, parser):
     counts = ("num_generations", "max_new_tokens", "max_prompt_length", "batch_size", "max_samples")
     check_flags(args, parser, (*counts, "min_margin"))
-    if args.temperature <= 0:
+    if args.temperature == 0:
         parser.error(f"--temperature {args.temperature} must be above 0: greedy answers are all the same")
     if not (args.model_name_or_path or args.base_model or args.lora_model):
         parser.error("--model_name_or_path is missing: name the policy, such as outputs/sft")

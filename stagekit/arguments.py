@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from stagekit.commandline import LEAST_TEMPERATURE
 from template import get_template
 
 
@@ -283,8 +284,11 @@ class RolloutArguments:
         for name in ("max_prompt_length", "max_completion_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature must be positive, got {self.temperature}; greedy answers explore nothing")
+        if not self.temperature >= LEAST_TEMPERATURE:
+            raise ValueError(
+                f"--temperature must be at least {LEAST_TEMPERATURE}, got {self.temperature}; greedy answers explore "
+                "nothing"
+            )
         if self.use_vllm and not importlib.util.find_spec("vllm"):
             raise ValueError("--use_vllm True needs vLLM, which is not installed: pip install 'trl[vllm]' (GPUs only)")
 

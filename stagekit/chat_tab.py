@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 
 from stagekit import generation
 from stagekit.page import MODEL_QUEUE, show_caption, show_messages, show_notice
+from stagekit.prompts import fit_history
 
 logger = logging.getLogger(__name__)
 
@@ -55,12 +56,11 @@ def describe(loaded: generation.LoadedModel) -> dict[str, str]:
         return "/".join(Path(name).parts[-2:]) if os.path.isdir(name) else name
 
     source, stage = loaded.source, loaded.source.stage or {}
-    recorded = (stage.get("template") or {}).get("name", "own")
     return {
         "model": short(source.adapter or source.directory or source.base),
         "stage": stage.get("stage", "none"),
         "base": short(source.base),
-        "template": recorded if loaded.chat.name == "own" else loaded.chat.name,
+        "template": generation.template_name(loaded),
     }
 
 
@@ -93,7 +93,7 @@ def answer(
         settings = generation.choose_settings(loaded, **chosen)
         limit = generation.prompt_limit(loaded, settings)
         system = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
-        fitted = generation.fit_history(loaded.chat, [*system, *messages], limit)
+        fitted = fit_history(loaded.chat, [*system, *messages], limit)
         if fitted is None:
             return messages, show_notice(TOO_LONG.format(limit), "error")
         num_forgotten = len(system) + len(messages) - len(fitted[0])
@@ -160,7 +160,7 @@ def reply(
         else:
             logger.exception("a question was not answered")
             notice = FAILED.format(type(error).__name__)
-        if should_reduce_batch_size(error):
+        if isinstance(error, generation.OutOfMemory):
             clear_device_cache(garbage_collection=True)
             notice = OUT_OF_MEMORY
         yield answered, show_notice(notice, "error")

@@ -205,6 +205,12 @@ def resolve(model_name_or_path: str, peft_path: str | None = None, verify: bool 
     return Source(str(path), None, str(path), stage, str(path) if stage else None)
 
 
+def check_base(source: Source, way_out: str = "; name its new place with --base_model") -> None:
+    """Raise FileNotFoundError where the directory of base weights that an adapter was trained on is gone."""
+    if not os.path.isdir(source.base) and source.base.startswith((".", "/")):
+        raise FileNotFoundError(f"{source.adapter} was trained on {source.base}, which is not there{way_out}")
+
+
 def resolve_adapter(directory: str, verify: bool = True) -> Source:
     """Find the base below an adapter directory, through stage.json or else adapter_config.json."""
     path = Path(directory)

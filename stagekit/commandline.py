@@ -6,11 +6,17 @@ Stages, whose arguments are transformers' as well, have arguments.parse_args ins
 import argparse
 import contextlib
 import difflib
+import ipaddress
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
+from urllib.parse import urlsplit
+
+SHARD_SIZE = "5GB"
+LEAST_TEMPERATURE = 1e-4  # above 0; logits divided by much less are infinite, and their softmax is no number
 
 
 class Parser(argparse.ArgumentParser):
@@ -19,6 +25,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str):
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=description, formatter_class=form, allow_abbrev=False)
+        self.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
@@ -68,12 +75,11 @@ def add_prediction_flags(group) -> None:
     )
     group.add_argument(
         "--output_file",
-        default="predictions.jsonl",
         help="where the answers go, default predictions.jsonl (replaced if it exists). Until all are there they "
         "stand in OUTPUT_FILE.partial, from which the same command continues after an interruption",
     )
     group.add_argument("--system_prompt", help="system message of conversations that bring none")
-    group.add_argument("--batch_size", type=int, default=4, help="questions answered at once, default 4")
+    group.add_argument("--batch_size", type=int, help="questions answered at once, default 4")
 
 
 def add_generation_flags(group, temperature: str) -> None:
@@ -84,6 +90,11 @@ def add_generation_flags(group, temperature: str) -> None:
     group.add_argument("--temperature", type=float, help=temperature)
     group.add_argument("--top_p", type=float, help="sample among the likeliest tokens of this total probability: 0.9")
     group.add_argument("--repetition_penalty", type=float, help="above 1: avoid tokens that were used before: 1.0")
+
+
+def add_shard_flag(group, kind: str = "") -> None:
+    """Declare how large a file of weights may be; `kind` begins its help."""
+    group.add_argument("--max_shard_size", help=f"{kind}largest weight file, default {SHARD_SIZE}")
 
 
 def loading_options(args: argparse.Namespace) -> dict:
@@ -102,18 +113,34 @@ def check_model_is_named(args: argparse.Namespace, parser: Parser) -> None:
         parser.error("--base_model or --lora_model is missing: name a model, or a directory that a stage wrote")
 
 
+def check_prediction_flags(args: argparse.Namespace, parser: Parser) -> None:
+    """End the program where the flags of what answers questions cannot work; complete add_prediction_flags' flags."""
+    check_flags(args, parser, ("max_new_tokens", "batch_size", "repetition_penalty"))
+    check_model_is_named(args, parser)
+    for name, default in (("output_file", "predictions.jsonl"), ("batch_size", 4)):
+        if args.data_file and getattr(args, name) is None:
+            setattr(args, name, default)
+
+
+def is_temperature(value: float) -> bool:
+    """Whether answers can be drawn at it; 0 takes the likeliest token."""
+    return value == 0 or value >= LEAST_TEMPERATURE
+
+
 def check_flags(args: argparse.Namespace, parser: Parser, positive: tuple[str, ...]) -> None:
     """End the program where values of shared flags cannot work; `positive` names the flags that must be above 0."""
     for name in positive:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name} {getattr(args, name)} must be above 0")
-    temperature, top_p = getattr(args, "temperature", None), getattr(args, "top_p", None)
-    if temperature is not None and temperature < 0:
-        parser.error(f"--temperature {temperature} must be 0 (greedy) or more")
+    temperature, top_p, shard_size = (getattr(args, name, None) for name in ("temperature", "top_p", "max_shard_size"))
+    if temperature is not None and not is_temperature(temperature):
+        parser.error(f"--temperature {temperature} must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
     if top_p is not None and not 0 < top_p <= 1:
         parser.error(f"--top_p {top_p} must be above 0 and at most 1")
+    if shard_size is not None and not re.fullmatch(r"\d+(\.\d+)? ?([KMGT]I?)?B", shard_size.upper()):
+        parser.error(f"--max_shard_size {shard_size!r} is no size such as 5GB or 500MB")
     for first, second in (("only_cpu", "gpus"), ("load_in_4bit", "load_in_8bit")):
-        if getattr(args, first) and getattr(args, second):
+        if getattr(args, first, None) and getattr(args, second, None):
             parser.error(f"--{first} and --{second} exclude each other; give one")
 
 
@@ -129,6 +156,24 @@ def choose_gpus(only_cpu: bool, gpus: str | None) -> None:
 
     if gpus and torch.cuda.device_count() < gpus.count(",") + 1:
         raise ValueError(f"--gpus {gpus}: {torch.cuda.device_count()} of these GPUs can be used here")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def names_loopback(host_header: str) -> bool:
+    """Whether a request's Host header calls this machine by its own name.
+
+    A web page whose name leads to 127.0.0.1 (DNS rebinding) stands there with that name.
+    """
+    with contextlib.suppress(ValueError):
+        return is_loopback(urlsplit(f"//{host_header}").hostname or "")
+    return False
 
 
 def converse(greeting: str, answer: Callable[[str, Callable, bool], None], forget: Callable[[], None]) -> None:

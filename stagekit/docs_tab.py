@@ -12,14 +12,13 @@ import gradio as gr
 
 from stagekit import generation
 from stagekit.chat_tab import ChatTab, Job, Prompt, describe, reply
-from stagekit.grounding import NOT_FOUND, build_messages, cite, cited_numbers, is_answerable, language
+from stagekit.grounding import cite, cited_numbers, ground
 from stagekit.page import show_messages
-from stagekit.retrieval import Index, Passage
+from stagekit.retrieval import BrokenIndex, Index, Passage
 from stagekit.tokenization import encode_prompt
 
 logger = logging.getLogger(__name__)
 
-TOP_K = 5
 CITED = "被引用 cited"
 UNSEARCHABLE = "the index of the documents cannot be searched"
 
@@ -49,22 +48,21 @@ def answer(
 
     def prepare():
         *before, question = messages
-        history = _told(before)
-        asked = [message["content"] for message in history if message["role"] == "user"]
-        try:
-            passages = index.search(question["content"], TOP_K, asked)
-        except ValueError as error:  # it names the file, which is not for whoever asks
-            logger.exception("a question was not searched")
-            raise ValueError(UNSEARCHABLE) from error
-        if not is_answerable(passages):
-            text = NOT_FOUND[language(question["content"])]
-            return [*messages, {"role": "assistant", "content": text, "passages": None}], ""
-        limit = generation.prompt_limit(loaded, settings)
 
         def count_tokens(written):
             return len(encode_prompt(loaded.chat, written))
 
-        written, passages = build_messages(question["content"], history, passages, count_tokens, limit)
+        def limit():
+            return generation.prompt_limit(loaded, settings)
+
+        try:
+            found = ground(index, question["content"], _told(before), count_tokens, limit)
+        except BrokenIndex as error:  # it names the file, which is not for whoever asks
+            logger.exception("a question was not searched")
+            raise ValueError(UNSEARCHABLE) from error
+        if isinstance(found, str):
+            return [*messages, {"role": "assistant", "content": found, "passages": None}], ""
+        written, passages = found
         return Prompt(encode_prompt(loaded.chat, written), settings, about={"passages": passages})
 
     return reply(loaded, messages, prepare, stop, cache)

@@ -23,7 +23,7 @@ SUFFIXES = {
     ".htm": "html",
 }
 FILE_TYPES = tuple(dict.fromkeys(SUFFIXES.values()))
-VERSION = 1  # of extraction and splitting; raise it when other text comes out, so that indexed files are read again
+VERSION = 2  # of extraction and splitting; raise it when other text comes out, so that indexed files are read again
 
 
 class Unreadable(ValueError):
@@ -154,7 +154,7 @@ def read_bytes(path: Path, limits: Limits) -> bytes:
 
 # The blanks behind a sentence belong to it. A full stop ends one before a blank and no small letter: not in "e.g. 5".
 _SENTENCE = re.compile(
-    r".*?(?:[。！？…；]+[\"'”’」』）)\]】]*\s*|(?:(?<!\.)\.|[!?]+)[\"')\]]*\s+(?![a-z])|\n+|$)",
+    r".*?(?:[。！？…；]+[\"'”’」』）)\]】]*\s*|(?:(?<!\.)\.|(?<![!?])[!?]+)[\"')\]]*\s+(?![a-z])|\n+|$)",
     re.DOTALL,
 )
 # A short line that ends no sentence: it belongs to what follows.
@@ -218,9 +218,11 @@ def _tail(units, overlap_chars):
 
 def _cut(sentence, chunk_chars) -> Iterator[str]:
     """Cut a sentence that is longer than a passage."""
-    while len(sentence.rstrip()) > chunk_chars:
-        places = [place.end() for place in re.finditer(r"[，,、;；：:|]\s*|\s+", sentence[:chunk_chars])]
+    start, size = 0, len(sentence.rstrip())
+    while size - start > chunk_chars:
+        part = sentence[start : start + chunk_chars]
+        places = [place.end() for place in re.finditer(r"[，,、;；：:|]\s*|\s+", part)]
         end = places[-1] if places and places[-1] > chunk_chars // 2 else chunk_chars
-        yield sentence[:end]
-        sentence = sentence[end:]
-    yield sentence
+        yield part[:end]
+        start += end
+    yield sentence[start:]

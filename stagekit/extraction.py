@@ -116,17 +116,21 @@ def join_lines(lines: list[str]) -> list[str]:
         # Letters of print are not equally wide; behind the end of a sentence less is left to chance.
         full = (0.95 if _ENDS_SENTENCE.search(before) else 0.8) * widest
         if line and before and _width(before) + 1 + _width(first) > full and not _BEGINS_ITEM.match(line):
-            paragraphs[-1] = _glue(paragraphs[-1], line)
+            _glue(paragraphs[-1], line)
         elif line:
-            paragraphs.append(line)
+            paragraphs.append([line])
         before = line
-    return paragraphs
+    return ["".join(pieces) for pieces in paragraphs]
 
 
-def _glue(before, line):
-    if re.search(r"[^\W\d_]-$", before) and line[0].islower():
-        return before[:-1] + line
-    return before + ("" if re.search(f"[{_CJK}]$", before) and re.match(f"[{_CJK}]", line) else " ") + line
+def _glue(pieces, line):
+    """Add a line to the pieces of a paragraph."""
+    end = pieces[-1][-2:]
+    if re.search(r"[^\W\d_]-$", end) and line[0].islower():
+        pieces[-1] = pieces[-1][:-1]
+    elif not (re.search(f"[{_CJK}]$", end) and re.match(f"[{_CJK}]", line)):
+        pieces.append(" ")
+    pieces.append(line)
 
 
 def _width(line):
@@ -267,21 +271,21 @@ def _read_markdown(text):
     outline, paragraph, fence = _Outline(), [], None
 
     def flush():
-        lines = [line for line in paragraph if not re.fullmatch(r"\|?[\s:|-]*-[\s:|-]*", line)]
+        lines = [line for line in paragraph if not ("-" in line and re.fullmatch(r"[\s:|-]+", line))]
         if lines and all(line.startswith("|") for line in lines):
             outline.add(_table([line.strip("|").split("|") for line in lines]), table=True)
         else:
             joined = []
             for line in lines:  # list items and quotes stay lines of their own
                 if joined and not _BEGINS_ITEM.match(line) and not line.startswith(">"):
-                    joined[-1] = _glue(joined[-1], line)
+                    _glue(joined[-1], line)
                 else:
-                    joined.append(line)
-            for text in joined:
-                outline.add(text)
+                    joined.append([line])
+            for pieces in joined:
+                outline.add("".join(pieces))
         paragraph.clear()
 
-    for line in re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).split("\n"):
+    for line in re.sub(r"<!--.*?(?:-->|\Z)", "", text, flags=re.DOTALL).split("\n"):
         stripped = line.strip()
         if fence or re.match(r"(```|~~~)", stripped):
             if not fence:
@@ -293,9 +297,9 @@ def _read_markdown(text):
                 fence = None
             else:
                 paragraph.append(line)
-        elif title := re.match(r"(#{1,6})\s+(.*?)\s*#*$", stripped):
+        elif title := re.match(r"(#{1,6})\s+(.*)", stripped):
             flush()
-            outline.heading(len(title[1]), title[2])
+            outline.heading(len(title[1]), title[2].rstrip("#"))
         elif paragraph and re.fullmatch(r"=+|-+", stripped) and len(paragraph) == 1:
             title = paragraph.pop()
             outline.heading(1 if stripped.startswith("=") else 2, title)
@@ -330,7 +334,7 @@ class _Page(HTMLParser):
         self.rows, self.depth = [], 0
 
     def handle_starttag(self, tag, attributes):
-        if tag in self.DROPPED:
+        if tag in self.DROPPED and tag not in self.dropped:
             self.dropped.append(tag)
         if self.dropped or tag in self.INLINE:
             return
@@ -355,7 +359,7 @@ class _Page(HTMLParser):
         elif self.depth:
             self.end_block()
             self.rows = self.rows or [[]]
-            self.rows[-1].append("")
+            self.rows[-1].append([])
 
     def handle_endtag(self, tag):
         if self.dropped:
@@ -365,7 +369,7 @@ class _Page(HTMLParser):
             self.end_block()
             self.depth -= 1
             if not self.depth:
-                self.outline.add(_table(self.rows), table=True)
+                self.outline.add(_table([[" ".join(cell) for cell in row] for row in self.rows]), table=True)
                 self.rows = []
         elif tag not in self.INLINE:
             self.end_block()
@@ -382,7 +386,7 @@ class _Page(HTMLParser):
         text = "\n".join(filter(None, lines))
         self.text = []
         if self.depth and self.rows and self.rows[-1]:
-            self.rows[-1][-1] = f"{self.rows[-1][-1]} {text}".strip()
+            self.rows[-1][-1].append(text)
         elif self.level and text:
             self.outline.heading(self.level, text)
             self.level = None

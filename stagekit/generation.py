@@ -4,6 +4,7 @@ Prompts are rendered by tokenization.encode_prompt, the renderer of training: no
 trained. Used by inference.py and by whatever else asks a model questions.
 """
 
+import contextlib
 import inspect
 import logging
 import os
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -24,25 +26,29 @@ from stagekit.checkpoint import (
     DELIVERED,
     Source,
     base_fingerprint,
+    check_base,
     directory_files,
     fingerprint,
     resolve,
     stage_fingerprint,
 )
+from stagekit.commandline import LEAST_TEMPERATURE, is_temperature
 from stagekit.modeling import (
     explain_hub_error,
     inference_device,
+    is_reward_model,
     load_config,
     load_tokenizer,
     merge_adapter,
     quantization_config,
 )
-from stagekit.tokenization import Chat, encode_prompt, prepare_chat
+from stagekit.tokenization import Chat, prepare_chat
 
 logger = logging.getLogger(__name__)
 
 # Used where neither a flag nor the checkpoint's generation_config.json says anything.
 DEFAULTS = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.0, "top_k": 0}
+LESS_MEMORY = "shorten --max_new_tokens or the prompts, or give --load_in_4bit True"
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,15 @@ class Answer:
     num_tokens: int
 
 
+class OutOfMemory(ValueError):
+    """No memory is left for an answer; the message says what would do."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that no memory is left; devices have several types of them, not all with a name."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
@@ -109,11 +124,8 @@ def find_source(base_model: str | None, lora_model: str | None) -> Source:
     source = resolve(base_model, lora_model) if base_model else resolve(lora_model)
     if lora_model and not source.adapter:
         raise ValueError(f"--lora_model {lora_model} holds no adapter (adapter_config.json); give it as --base_model")
-    if not os.path.isdir(source.base) and source.base.startswith((".", "/")):
-        raise FileNotFoundError(
-            f"{source.adapter} was trained on {source.base}, which is not there; name its new place with --base_model"
-        )
-    if source.adapter and PeftConfig.from_pretrained(source.adapter).task_type == "SEQ_CLS":
+    check_base(source)
+    if source.adapter and is_reward_model(source, None):
         raise ValueError(f"{source.adapter} is a reward model: it scores answers and cannot write any")
     return source
 
@@ -142,7 +154,8 @@ def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=F
         **quantization: load_in_4bit or load_in_8bit.
 
     Raises:
-        ValueError: no model there, the tokenizer is larger than the embeddings, or the adapter does not fit.
+        ValueError: no model there, damaged weights, the tokenizer is larger than the embeddings, the adapter does not
+            fit, or memory is too small.
     """
     args = model_arguments(source, **quantization)
     config = load_config(source, args)
@@ -163,18 +176,40 @@ def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=F
     return LoadedModel(model.eval(), chat, source, context_length, list(dict.fromkeys(stop_ids)), defaults)
 
 
+def template_name(loaded: LoadedModel) -> str:
+    """The template that prompts are written with: the named one, else the one that the stage has recorded."""
+    recorded = (loaded.source.stage or {}).get("template") or {}
+    return recorded.get("name", "own") if loaded.chat.name == "own" else loaded.chat.name
+
+
+@contextlib.contextmanager
+def _one_line_errors(name):
+    """Make ValueErrors of what weights raise while they are loaded."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{name}: damaged weights ({error}); a download that was cut off? Fetch it again") from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ValueError(
+            f"{name}: no memory is left to load it; give --load_in_4bit True, or --only_cpu where a GPU is too small"
+        ) from error
+
+
 def _load_base(source, args, config, only_cpu):
     device, dtype = inference_device(only_cpu)
     several = device != "cpu" and torch.accelerator.device_count() > 1
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            source.base,
-            config=config,
-            revision=args.model_revision,
-            dtype=dtype,
-            device_map="auto" if several else {"": device},
-            quantization_config=quantization_config(args),
-        )
+        with _one_line_errors(source.base):
+            return AutoModelForCausalLM.from_pretrained(
+                source.base,
+                config=config,
+                revision=args.model_revision,
+                dtype=dtype,
+                device_map="auto" if several else {"": device},
+                quantization_config=quantization_config(args),
+            )
     except (OSError, ImportError) as error:
         if isinstance(error, OSError) and not os.path.isdir(source.base):
             raise explain_hub_error(source.base, error) from error
@@ -210,10 +245,11 @@ def put_adapter(model: torch.nn.Module, source: Source) -> PeftModel:
     """Put a source's adapter on its base.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: it does not fit, is damaged, or memory is too small.
     """
     try:
-        return PeftModel.from_pretrained(model, source.adapter)
+        with _one_line_errors(source.adapter):
+            return PeftModel.from_pretrained(model, source.adapter)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -229,10 +265,12 @@ def choose_settings(loaded: LoadedModel, **chosen: float | None) -> Settings:
         **chosen: fields of Settings; None stands for "not chosen".
 
     Raises:
-        ValueError: the chosen max_new_tokens leaves no room for a prompt.
+        ValueError: the chosen max_new_tokens leaves no room for a prompt, or the chosen temperature overflows.
     """
     values = {name: getattr(loaded.defaults, name, None) for name in DEFAULTS}
     values = {name: DEFAULTS[name] if value is None else value for name, value in values.items()}
+    if not is_temperature(values["temperature"]):  # some write 1e-6 into their checkpoints and mean greedy
+        values["temperature"] = 0.0
     if loaded.context_length:
         values["max_new_tokens"] = min(values["max_new_tokens"], loaded.context_length // 2)
     values.update({name: value for name, value in chosen.items() if value is not None})
@@ -241,42 +279,14 @@ def choose_settings(loaded: LoadedModel, **chosen: float | None) -> Settings:
             f"--max_new_tokens {values['max_new_tokens']} leaves no room for a prompt: the model's context is "
             f"{loaded.context_length} tokens"
         )
+    if not is_temperature(values["temperature"]):
+        raise ValueError(f"--temperature {values['temperature']:g} must be 0 (greedy) or at least {LEAST_TEMPERATURE}")
     return Settings(**values)
-
-
-# -- prompts ---------------------------------------------------------------------------------------------------------
 
 
 def prompt_limit(loaded: LoadedModel, settings: Settings) -> int | None:
     """Longest prompt in tokens that leaves room for the answer; None without limit."""
     return loaded.context_length - settings.max_new_tokens if loaded.context_length else None
-
-
-def fit_history(
-    chat: Chat, messages: list[dict], limit: int | None, tools: list[dict] | None = None
-) -> tuple[list[dict], list[int]] | None:
-    """Drop the oldest exchanges until the prompt fits; the system message stays.
-
-    Args:
-        chat: what load_chat returned.
-        messages: ending with a user or tool message.
-        limit: in tokens; None without limit.
-        tools: functions offered to the model.
-
-    Returns:
-        (the messages left, their input_ids), or None when the last exchange alone does not fit.
-
-    Raises:
-        formats.RowError: the template refuses the messages.
-    """
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    for start in starts:
-        kept = system + messages[start:]
-        input_ids = encode_prompt(chat, kept, tools)
-        if limit is None or len(input_ids) <= limit:
-            return kept, input_ids
-    return None
 
 
 # -- answers ---------------------------------------------------------------------------------------------------------
@@ -314,7 +324,7 @@ def run_in_batches(count: int, batch_size: int, work: Callable[[range], list]) -
         (places, what work returned for them), in order; every place once.
 
     Raises:
-        ValueError: not even one item fits.
+        OutOfMemory: not even one item fits.
     """
     first = 0
     while first < count:
@@ -322,13 +332,10 @@ def run_in_batches(count: int, batch_size: int, work: Callable[[range], list]) -
         try:
             found = work(batch)
         except RuntimeError as error:
-            if not (isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)):
+            if not is_out_of_memory(error):
                 raise
             if len(batch) == 1:
-                raise ValueError(
-                    "memory runs out with --batch_size 1; shorten --max_new_tokens or the prompts, or give "
-                    "--load_in_4bit True"
-                ) from None
+                raise OutOfMemory(f"memory runs out with --batch_size 1; {LESS_MEMORY}") from None
         else:
             yield batch, found
             first = batch.stop
@@ -360,6 +367,66 @@ def _answer(loaded, ids):
 
 def decode(loaded, ids):
     return loaded.chat.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class GrowingText:
+    """The text of an answer while its tokens come.
+
+    Attributes:
+        num_tokens: tokens seen, a stop token included.
+        stopped: a stop string has come; the text ends before it.
+    """
+
+    def __init__(self, loaded: LoadedModel, stops: list[str] | None = None, marks: list[str] | None = None):
+        """Begin with nothing.
+
+        Args:
+            stops: strings that end the answer.
+            marks: strings of which certain() must not show a beginning.
+        """
+        self.loaded, self.stops, self.marks = loaded, stops or [], marks or []
+        self.ids, self.text, self.num_tokens, self.stopped = [], "", 0, False
+        self.prefix = self.read = 0
+
+    def add(self, tokens: list[int]) -> None:
+        """Take new tokens; after a stop string they change nothing."""
+        for token in tokens:
+            if self.stopped:
+                return
+            self.num_tokens += 1
+            if token in self.loaded.stop_ids:
+                continue
+            self.ids.append(token)
+            # From `prefix`, some tokens back: tokenizers drop the blank at the start of a text. Nothing is shown while
+            # it ends in half a character.
+            before = decode(self.loaded, self.ids[self.prefix : self.read])
+            now = decode(self.loaded, self.ids[self.prefix :])
+            if len(now) > len(before) and not now.endswith("\ufffd"):
+                self._show(self.text + now[len(before) :])
+                self.prefix, self.read = self.read, len(self.ids)
+
+    def certain(self) -> str:
+        """The text so far without an end that may yet become a stop string or a mark."""
+        if self.stopped:
+            return self.text
+        ends = (
+            length
+            for string in (*self.stops, *self.marks)
+            for length in range(1, len(string))
+            if self.text.endswith(string[:length])
+        )
+        return self.text[: len(self.text) - max(ends, default=0)]
+
+    def finish(self) -> str:
+        """The whole text, with what could not be decoded to the end."""
+        if not self.stopped:
+            self._show(decode(self.loaded, self.ids))
+        return self.text
+
+    def _show(self, text):
+        found = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
+        self.stopped = bool(found)
+        self.text = text[: min(found)] if found else text
 
 
 class PrefixCache:
@@ -417,6 +484,9 @@ def stream(
         input_ids: the prompt.
         settings: what choose_settings returned.
         cache: remembers what was computed for the prompt before; one stream at a time.
+
+    Raises:
+        OutOfMemory: it does not fit.
     """
     tokens, stop = queue.SimpleQueue(), threading.Event()
 
@@ -440,18 +510,15 @@ def stream(
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
-        ids, text, prefix, read = [], "", 0, 0
+        ids, growing, length = [], GrowingText(loaded), 0
         while (token := tokens.get()) is not None:
             if isinstance(token, Exception):
-                raise token
+                raise OutOfMemory(f"memory runs out; {LESS_MEMORY}") if is_out_of_memory(token) else token
             ids.append(token)
-            if token in loaded.stop_ids:
-                continue
-            # Decoding from `prefix`, some tokens back, keeps the blanks that tokenizers drop at the start of a text.
-            before, now = decode(loaded, ids[prefix:read]), decode(loaded, ids[prefix:])
-            if len(now) > len(before) and not now.endswith("\ufffd"):
-                text, prefix, read = text + now[len(before) :], read, len(ids)
-                yield Answer(text.strip(), None, len(ids))
+            growing.add([token])
+            if len(growing.text) > length:
+                length = len(growing.text)
+                yield Answer(growing.text.strip(), None, len(ids))
         yield _answer(loaded, ids)
     finally:
         stop.set()

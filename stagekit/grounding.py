@@ -11,10 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from stagekit.documents import split_sentences
-from stagekit.retrieval import Passage
+from stagekit.retrieval import Index, Passage
 
 # benchmarks/results/rag_recall.md: refuses two thirds of the questions about something else and none that a passage of
 # its language answers. What is near the subject and yet not in the documents passes; the model has to say so.
+TOP_K = 5
 MIN_SCORE = 0.1
 MIN_COSINE = 0.6  # not measured: what is near depends on the embedding model
 RULES = {
@@ -37,6 +38,10 @@ _CONTROL = re.compile(
 )
 
 
+class TooLong(ValueError):
+    """A question that a model's context cannot hold together with a sentence of a passage."""
+
+
 def language(text: str) -> str:
     """ "zh" for a text with Chinese characters, else "en"."""
     return "zh" if re.search(r"[\u3400-\u9fff]", text) else "en"
@@ -48,6 +53,40 @@ def is_answerable(passages: list[Passage], min_score: float = MIN_SCORE, min_cos
         passage.score >= min_score or (passage.cosine is not None and passage.cosine >= min_cosine)
         for passage in passages
     )
+
+
+def ground(
+    index: Index,
+    question: str,
+    history: list[dict],
+    count_tokens: Callable[[list[dict]], int],
+    limit: Callable[[], int | None],
+    top_k: int = TOP_K,
+    min_score: float = MIN_SCORE,
+    min_cosine: float = MIN_COSINE,
+    escape: bool = False,
+) -> tuple[list[dict], list[Passage]] | str:
+    """Search, and write the prompt that asks a question about what is found.
+
+    Args:
+        index: of the documents.
+        question, history, count_tokens, escape: as for build_messages.
+        limit: gives that of build_messages; called where there is something to ask, for it may load the model.
+        top_k: passages wanted.
+        min_score, min_cosine: as for is_answerable.
+
+    Returns:
+        What build_messages returns; or, where no passage is near the question, the answer that says so.
+
+    Raises:
+        BrokenIndex: it cannot be searched.
+        TooLong: the limit holds no question with at least a sentence of the best passage.
+    """
+    asked = [message["content"] for message in history if message["role"] == "user"]
+    passages = index.search(question, top_k, asked)
+    if not is_answerable(passages, min_score, min_cosine):
+        return NOT_FOUND[language(question)]
+    return build_messages(question, history, passages, count_tokens, limit(), escape)
 
 
 def build_messages(
@@ -76,7 +115,7 @@ def build_messages(
         (messages that end with the user's, the passages in them, the last one perhaps shortened).
 
     Raises:
-        ValueError: the limit holds no question with at least a sentence of the best passage.
+        TooLong: the limit holds no question with at least a sentence of the best passage.
     """
     mark = _choose_mark(question, passages)
 
@@ -103,7 +142,7 @@ def build_messages(
     if passages and not shown:
         if exchanges:  # rather the passage than what was said before
             return build_messages(question, [], passages, count_tokens, limit, escape)
-        raise ValueError(f"this question and a passage do not fit: there is room for {limit} tokens")
+        raise TooLong(f"this question and a passage do not fit: there is room for {limit} tokens")
     return write(exchanges, shown), shown
 
 

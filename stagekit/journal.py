@@ -70,11 +70,13 @@ class Journal:
             output_flag: flag that chooses another place, for the message.
 
         Raises:
-            ValueError: it is of a run with another header; what differs is named.
+            ValueError: it holds rows of a run with another header; what differs is named.
         """
         lines, size = read_lines(path) if path.is_file() else ([], 0)
-        if lines:
+        if len(lines) > 1:
             check_header(path, lines[0], header, output_flag)
+        else:  # a run that failed before its first row: nothing is lost
+            lines, size = [], 0
         self.path, self.rows = path, {row["index"]: row for row in lines[1:]}
         self.file = open(path, "ab")
         self.file.truncate(size)

@@ -7,8 +7,10 @@ import json
 import re
 import time
 import uuid
+from collections import Counter
 
 from stagekit import formats
+from stagekit.commandline import LEAST_TEMPERATURE, is_temperature
 
 # Parameters that ask for nothing as long as they have one of these values (or null), and that cannot be done here.
 NEUTRAL = {
@@ -24,6 +26,7 @@ OF_COMPLETION = COMMON | {"prompt"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 OF_MESSAGE = {"role", "content", "name", "tool_calls", "tool_call_id"}
 LARGEST = (1 << 63) - 1
+MAX_MESSAGES = 2048  # as OpenAI's API has it; some templates take time in the square of their number
 CALL_MARK = "<tool_call>"  # as template.py and Qwen write a call
 CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 
@@ -81,6 +84,8 @@ def read_sampling(payload: dict) -> dict:
         "top_p": read_number(payload, "top_p", 0, 1),
         "seed": read_number(payload, "seed", -LARGEST, LARGEST, whole=True),
     }
+    if not is_temperature(sampling["temperature"] or 0):
+        raise ApiError(400, f"temperature must be 0 (greedy) or from {LEAST_TEMPERATURE} to 2", "temperature")
     if sampling["top_p"] == 0:
         raise ApiError(400, "top_p must be above 0", "top_p")
     for name in ("temperature", "top_p"):  # transformers takes no 1 for 1.0
@@ -124,10 +129,12 @@ def read_stops(payload: dict) -> list[str]:
 def read_messages(payload: dict) -> list[dict]:
     """Read the messages of a chat into the form templates take."""
     given = payload.get("messages")
+    if isinstance(given, list) and len(given) > MAX_MESSAGES:
+        raise ApiError(400, f"messages may hold {MAX_MESSAGES} messages, and these are {len(given)}", "messages")
     if not isinstance(given, list) or not given:
         raise ApiError(400, "messages must be a list of objects with role and content, and not empty", "messages")
     try:
-        messages = [_read_message(message, number) for number, message in enumerate(given, 1)]
+        messages = _order_results(given, [_read_message(message, number) for number, message in enumerate(given, 1)])
     except formats.RowError as error:
         raise ApiError(400, str(error), "messages") from None
     if messages[-1]["role"] not in ("user", "tool"):
@@ -153,10 +160,43 @@ def _read_message(message, number):
         content = ""
     if not isinstance(content, str):
         raise formats.RowError(f"message {number}: content must be a string or a list of text parts")
-    if calls and role != "assistant":
-        raise formats.RowError(f"message {number}: only an assistant message has tool_calls")
+    for name, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool"), ("name", "tool")):
+        if message.get(name) and role != owner:
+            raise formats.RowError(f"message {number}: {name} is not supported in {role} messages")
+    if calls and not isinstance(calls, list):
+        raise formats.RowError(f"message {number}: tool_calls must be a list")
     read = {"role": ROLES[role], "content": content}
     return {**read, "tool_calls": formats.read_tool_calls(calls, number)} if calls else read
+
+
+def _order_results(given, messages):
+    """Put the results of calls into the order of the calls: templates tell by nothing else whose they are.
+
+    Args:
+        given: messages as they came, with the ids by which results name their calls.
+        messages: the same as they were read.
+    """
+    keys, calls, ids = [], [], []
+    owner = place = 0  # the number of the last message that is no result, and that of the call among its calls
+    for number, (message, read) in enumerate(zip(given, messages, strict=True), 1):
+        if read["role"] != "tool":
+            owner, place, calls = number, 0, read.get("tool_calls", [])
+            ids = [call.get("id") for call in message["tool_calls"]] if calls else []
+        else:
+            wanted, name = message.get("tool_call_id"), message.get("name")
+            place = ids.index(wanted) + 1 if wanted in ids else 0 if wanted else place + 1  # without ids: as they come
+            if not 0 < place <= len(calls):
+                raise formats.RowError(f"message {number}: the assistant message before it makes no such call")
+            if name and name != calls[place - 1]["function"]["name"]:
+                raise formats.RowError(f"message {number}: name is not that of the function that was called")
+        keys.append((owner, place))
+    held = Counter(keys)
+    for number, (owner, place) in enumerate(keys, 1):
+        if held[owner, place] > 1:
+            raise formats.RowError(f"message {number}: its call has another result")
+        if place > 1 and not held[owner, place - 1]:
+            raise formats.RowError(f"message {number}: the call before the one that it answers has no result")
+    return [messages[index] for index in sorted(range(len(keys)), key=keys.__getitem__)]
 
 
 def read_tools(payload: dict, chat_template: str) -> list[dict] | None:
@@ -188,7 +228,13 @@ def read_prompt(payload: dict, vocabulary_size: int) -> str | list[int]:
 
 
 class Chat:
-    """How answers of /v1/chat/completions look."""
+    """How answers of /v1/chat/completions look.
+
+    Attributes:
+        usual: tokens of an answer whose request names no limit; None: as many as the checkpoint says.
+    """
+
+    usual = None
 
     def __init__(self, model: str, tools: list[dict] | None):
         self.tools, self.id = tools, f"chatcmpl-{uuid.uuid4().hex}"
@@ -202,7 +248,9 @@ class Chat:
             finish_reason: None while it grows.
         """
         calls = read_calls(text) if self.tools and finish_reason == "stop" else None
-        if self.tools and (calls or finish_reason is None):
+        if calls:
+            text = CALL.sub("", text)
+        elif self.tools and finish_reason is None:
             text = text.partition(CALL_MARK)[0]
         return text.strip(), calls
 
@@ -241,7 +289,7 @@ class Chat:
 class Completion:
     """How answers of /v1/completions look; its methods are those of Chat."""
 
-    tools = None
+    tools, usual = None, 16  # as OpenAI's API has it
 
     def __init__(self, model: str):
         self.id = f"cmpl-{uuid.uuid4().hex}"

@@ -7,14 +7,13 @@ import argparse
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 import json
 import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import Depends, FastAPI, Request
@@ -24,24 +23,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from stagekit import openai_format
+from stagekit.commandline import is_loopback, names_loopback
 from stagekit.formats import RowError
-from stagekit.generation import LoadedModel, Settings, choose_settings
+from stagekit.generation import GrowingText, LoadedModel, Settings, choose_settings
 from stagekit.openai_format import ApiError, Chat, Completion
-from stagekit.serving import GrowingText, WorkerStopped
+from stagekit.serving import WorkerStopped
 from stagekit.tokenization import encode_document, encode_prompt
 
 logger = logging.getLogger(__name__)
 
 BODY_SECONDS = 30  # a client that sends its request more slowly is let go
-DEFAULT_COMPLETION = 16  # tokens of a text completion that names no limit, as OpenAI's API has it
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+SEND_SECONDS = 5  # for the end of a stream whose time is over
 
 
 def uvicorn_config(app: FastAPI) -> uvicorn.Config:
@@ -71,7 +63,7 @@ class Server:
         given = args.lora_model or args.base_model
         self.name = args.served_model_name or (Path(given).resolve().name if os.path.isdir(given) else given)
         self.active, self.started = 0, int(time.time())
-        self.encoding = asyncio.Lock()
+        self.encoder = ThreadPoolExecutor(1)  # one prompt at a time: tokenizers are no friends of threads
 
     def app(self) -> FastAPI:
         """The application with its paths; errors of every kind have OpenAI's form."""
@@ -108,21 +100,14 @@ class Server:
         logger.error("a request failed: %s%s", type(error).__name__, where, exc_info=error if debug else None)
 
     async def admit(self, request: Request) -> None:
-        """Let a request in that has the key; where there is none, one that calls this machine by its own name.
-
-        A web page whose name leads to 127.0.0.1 (DNS rebinding) stands in Host with that name, and is refused.
-        """
+        """Let a request in that has the key; where there is none, one that calls this machine by its own name."""
         if self.key is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), self.key.encode()):
                 message = "the API key is missing or wrong (Authorization: Bearer KEY)"
                 raise ApiError(401, message, code="invalid_api_key")
-        elif is_loopback(self.args.host):
-            host = None
-            with contextlib.suppress(ValueError):
-                host = urlsplit("//" + request.headers.get("host", "")).hostname
-            if not is_loopback(host or ""):
-                raise ApiError(403, "without a key this server answers only to the names 127.0.0.1 and localhost")
+        elif is_loopback(self.args.host) and not names_loopback(request.headers.get("host", "")):
+            raise ApiError(403, "without a key this server answers only to the names 127.0.0.1 and localhost")
 
     # -- paths --
 
@@ -148,13 +133,15 @@ class Server:
         tools = openai_format.read_tools(payload, chat.tokenizer.chat_template)
         limit = openai_format.read_limit(payload, self.args.max_new_tokens)
         form = Chat(self.name, tools)
+        self.check_least(len(messages), json.dumps([messages, tools], ensure_ascii=False))
         return await self.answer(request, payload, lambda: encode_prompt(chat, messages, tools), limit, form)
 
     async def completion(self, request: Request) -> Response:
         """Go on with a text, read as in pretraining: control strings stay plain text. Token ids are taken as given."""
         payload = await self.read_payload(request, openai_format.OF_COMPLETION)
         prompt = openai_format.read_prompt(payload, self.loaded.model.config.get_text_config().vocab_size)
-        limit = openai_format.read_limit(payload, self.args.max_new_tokens) or DEFAULT_COMPLETION
+        limit = openai_format.read_limit(payload, self.args.max_new_tokens)
+        self.check_least(0, prompt if isinstance(prompt, str) else "")
 
         def encode():
             if isinstance(prompt, list):
@@ -170,6 +157,16 @@ class Server:
     def check_name(self, name: object) -> None:
         if name != self.name:
             raise ApiError(404, f"there is no such model here, only {self.name!r}", "model", "model_not_found")
+
+    def check_least(self, num_messages: int, text: str) -> None:
+        """Refuse what cannot fit before time is spent on it: messages and control strings are tokens at least."""
+        least = num_messages + sum(1 for _ in self.loaded.chat.control.finditer(text))
+        if self.engine.longest and least > self.engine.longest:
+            raise self.too_long(f"at least {least}")
+
+    def too_long(self, num_tokens: int | str, asked: str = "") -> ApiError:
+        message = f"the prompt has {num_tokens} tokens{asked}; the model takes {self.engine.longest} altogether"
+        return ApiError(400, message, "messages", "context_length_exceeded")
 
     async def read_payload(self, request: Request, known: set[str]) -> dict:
         """Read the JSON body within its limits; check the model's name and that all parameters are known."""
@@ -224,11 +221,14 @@ class Server:
         most = self.engine.at_once + self.args.max_queue
         if self.active >= most:
             raise ApiError(429, f"{most} requests are at work or waiting; try again", code="rate_limit_exceeded")
-        self.active += 1  # until the request is closed
+        self.active, began = self.active + 1, time.monotonic()  # until the request is closed
         try:
-            async with self.encoding:  # one at a time: tokenizers are no friends of threads
-                input_ids = await asyncio.to_thread(encode)
-            running = self.begin(input_ids, limit, sampling, text, form)
+            encoding = asyncio.get_running_loop().run_in_executor(self.encoder, encode)
+            input_ids = await asyncio.wait_for(encoding, self.args.timeout_seconds)
+            running = self.begin(input_ids, limit, sampling, text, form, began)
+        except asyncio.TimeoutError:
+            self.active -= 1
+            raise self.timed_out() from None
         except RowError as error:
             self.active -= 1
             raise ApiError(400, str(error), "messages") from None
@@ -237,14 +237,23 @@ class Server:
             raise
         return EventStream(running, include_usage) if stream else await whole_response(running, request)
 
+    def timed_out(self) -> ApiError:
+        return ApiError(504, f"the answer took longer than {self.args.timeout_seconds:g} seconds", code="timeout")
+
     def begin(
-        self, input_ids: list[int], limit: int | None, sampling: dict, text: GrowingText, form: Chat | Completion
+        self,
+        input_ids: list[int],
+        limit: int | None,
+        sampling: dict,
+        text: GrowingText,
+        form: Chat | Completion,
+        began: float,
     ) -> "Running":
-        """Hand a request to the engine."""
+        """Hand a request to the engine; `began` is when it came, by time.monotonic()."""
         if not input_ids:
             raise ApiError(400, "prompt is empty", "prompt")
         seed = sampling.pop("seed")
-        settings = choose_settings(self.loaded, max_new_tokens=self.fit(input_ids, limit), **sampling)
+        settings = choose_settings(self.loaded, max_new_tokens=self.fit(input_ids, limit, form.usual), **sampling)
         if settings.temperature == 0:
             seed = None  # the same answer every time
         if seed is not None and not self.engine.takes_seeds:
@@ -254,20 +263,16 @@ class Server:
             )
             raise ApiError(400, message, "seed")
         try:
-            return Running(self, input_ids, settings, seed, text, form)
+            return Running(self, input_ids, settings, seed, text, form, began)
         except WorkerStopped:
             raise ApiError(503, "the model's worker has stopped; the server must be started again") from None
 
-    def fit(self, input_ids: list[int], limit: int | None) -> int:
-        """How many tokens the answer may have: as asked, or the checkpoint's usual number as far as there is room."""
-        usual = choose_settings(self.loaded).max_new_tokens
+    def fit(self, input_ids: list[int], limit: int | None, usual: int | None) -> int:
+        """How many tokens the answer may have: as asked, or the usual number as far as there is room."""
+        usual = usual or choose_settings(self.loaded).max_new_tokens
         room = self.engine.longest - len(input_ids) if self.engine.longest else max(limit or 0, usual)
         if room < (limit or 1):
-            asked = f" and max_tokens asks for {limit}" if limit else ""
-            message = (
-                f"the prompt has {len(input_ids)} tokens{asked}; the model takes {self.engine.longest} altogether"
-            )
-            raise ApiError(400, message, "messages", "context_length_exceeded")
+            raise self.too_long(len(input_ids), f" and max_tokens asks for {limit}" if limit else "")
         return limit or min(usual, room, self.args.max_new_tokens or room)
 
 
@@ -287,10 +292,11 @@ class Running:
         seed: int | None,
         text: GrowingText,
         form: Chat | Completion,
+        began: float,
     ):
         self.server, self.text, self.form, self.num_prompt = server, text, form, len(input_ids)
         self.finish_reason = self.calls = None
-        self.closed, self.began, loop = False, time.monotonic(), asyncio.get_running_loop()
+        self.closed, self.began, loop = False, began, asyncio.get_running_loop()
         self.events: asyncio.Queue = asyncio.Queue()
 
         def deliver(tokens, finish):
@@ -305,12 +311,12 @@ class Running:
         Raises:
             ApiError: the time is over, or the engine failed.
         """
-        seconds, sent = self.server.args.timeout_seconds, 0
+        sent = 0
         while self.finish_reason is None:
             try:
-                tokens, finish = await asyncio.wait_for(self.events.get(), self.began + seconds - time.monotonic())
+                tokens, finish = await asyncio.wait_for(self.events.get(), self.seconds_left())
             except asyncio.TimeoutError:
-                raise ApiError(504, f"the answer took longer than {seconds:g} seconds", code="timeout") from None
+                raise self.server.timed_out() from None
             if isinstance(finish, Exception):
                 self.server.log_error(finish)
                 raise ApiError(500, "the model could not answer this request")
@@ -322,6 +328,10 @@ class Running:
             if len(shown) > sent:
                 yield shown[sent:]
                 sent = len(shown)
+
+    def seconds_left(self) -> float:
+        """How long the request may still take."""
+        return self.began + self.server.args.timeout_seconds - time.monotonic()
 
     def usage(self) -> dict:
         """Tokens read and made; the stop token counts, and so does what a stop string cut off."""
@@ -386,7 +396,9 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope, receive, send):
         try:
-            await super().__call__(scope, receive, send)
+            seconds = self.running.seconds_left() + SEND_SECONDS  # a client that does not read would stay for good
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(super().__call__(scope, receive, send), seconds)
         finally:
             self.running.close()
 

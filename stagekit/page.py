@@ -8,7 +8,11 @@ import os
 import re
 
 import gradio as gr
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from stagekit.commandline import is_loopback, names_loopback
 
 MODEL_QUEUE = "model"  # concurrency_id of all events that generate, in any tab: one at a time
 MAX_WAITING = 64  # events in the queue; more are refused
@@ -223,12 +227,17 @@ def serve(demo: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None = 
         auth: user and password to ask for.
         share: tunnel through gradio.live as well.
 
+    Where only this machine is meant to reach the page, and without a password, it answers to no other name.
+
     Raises:
         ValueError, OSError: it could not be started.
     """
     for name in ("NO_PROXY", "no_proxy"):  # gradio asks its own server whether it is there, which no proxy knows
         known = os.environ.get(name, "").split(",")
         os.environ[name] = ",".join(filter(None, dict.fromkeys([*known, "localhost", host])))
+    middleware = [Middleware(_Policy, share=share)]
+    if is_loopback(host) and not (auth or share):
+        middleware.insert(0, Middleware(_OwnNames))
     _, local, public = demo.launch(
         server_name=f"[{host}]" if ":" in host else host,
         server_port=port,
@@ -237,7 +246,7 @@ def serve(demo: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None = 
         share=share,
         theme=theme(),
         css=CSS,
-        app_kwargs={"middleware": [Middleware(_Policy, share=share)]},
+        app_kwargs={"middleware": middleware},
         prevent_thread_lock=True,
         quiet=True,
         footer_links=[],
@@ -251,6 +260,19 @@ def serve(demo: gr.Blocks, host: str, port: int, auth: tuple[str, str] | None = 
     if share and not public:
         raise ValueError(f"--share: gradio.live gave no address; without it the demo is served on {host} alone")
     return public or local
+
+
+class _OwnNames:
+    """ASGI middleware: refuse requests that call this machine by another name than its own."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        app = self.app
+        if scope["type"] != "lifespan" and not names_loopback(Headers(scope=scope).get("host", "")):
+            app = PlainTextResponse("without a password this page answers only to 127.0.0.1 and localhost", 403)
+        await app(scope, receive, send)
 
 
 class _Policy:

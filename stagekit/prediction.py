@@ -9,8 +9,10 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from stagekit.data import find_files, read_records, read_text
 from stagekit.formats import (
@@ -29,6 +31,7 @@ from stagekit.journal import Journal
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 ANSWER_FIELDS = ("answer", "output", "response", "completion")
 
 
@@ -45,14 +48,20 @@ class Prompt:
     origin: str
 
 
-def read_prompts(data_file: str, system_prompt: str | None) -> list[Prompt]:
-    """Read every question of a file or a directory.
+def questions_of(data_file: str, read: Callable[[object], T]) -> list[tuple[T, str]]:
+    """Read every question of a file or a directory; in .txt each line is one.
+
+    Args:
+        read: makes what is wanted of a record, such as {"question": …}, or raises RowError.
+
+    Returns:
+        [(what `read` returned, "file:line")].
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: records that hold no question; the first ten are named by file and line.
     """
-    prompts, errors = [], []
+    found, errors = [], []
     for path in find_files(data_file):
         records = read_records(path)
         if path.name.removesuffix(".gz").endswith(".txt"):
@@ -62,14 +71,25 @@ def read_prompts(data_file: str, system_prompt: str | None) -> list[Prompt]:
             try:
                 if isinstance(record, RowError):
                     raise record
-                messages, tools, reference = read_prompt(record)
-                if system_prompt and messages[0]["role"] != "system":
-                    messages = [{"role": "system", "content": system_prompt}, *messages]
-                prompts.append(Prompt(messages, tools, reference, f"{path}:{number}"))
+                found.append((read(record), f"{path}:{number}"))
             except RowError as error:
                 errors.append(f"{path}:{number}: {error}")
     if errors:
         raise ValueError("\n".join(errors[:10]) + (f"\n… and {len(errors) - 10:,} more" if len(errors) > 10 else ""))
+    return found
+
+
+def read_prompts(data_file: str, system_prompt: str | None) -> list[Prompt]:
+    """Read the prompts of a file or a directory; those without a system message get the one given.
+
+    Raises:
+        FileNotFoundError, ValueError: as questions_of does.
+    """
+    prompts = []
+    for (messages, tools, reference), origin in questions_of(data_file, read_prompt):
+        if system_prompt and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system_prompt}, *messages]
+        prompts.append(Prompt(messages, tools, reference, origin))
     return prompts
 
 
@@ -184,12 +204,13 @@ def answer_prompts(
     """
     from tqdm import tqdm
 
-    from stagekit.generation import Answer, fit_history, generate_batch, prompt_limit, run_in_batches
+    from stagekit.generation import Answer, generate_batch, prompt_limit, run_in_batches
+    from stagekit.prompts import fit_history, last_question
 
     def add(index, answer):
         prompt = prompts[index]
-        asked = next(message["content"] for message in reversed(prompt.messages) if message["role"] == "user")
-        row = {"index": index, "input": asked, "messages": prompt.messages, "prediction": answer.text}
+        row = {"index": index, "input": last_question(prompt.messages), "messages": prompt.messages}
+        row["prediction"] = answer.text
         if prompt.reference is not None:
             row["reference"] = prompt.reference
         journal.add({**row, "finish_reason": answer.finish_reason, "new_tokens": answer.num_tokens})

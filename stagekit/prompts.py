@@ -1,4 +1,4 @@
-"""Prompts a policy answers by itself, with what its answers may be compared with: PPO and its relatives."""
+"""Prompts a policy answers by itself, as far as they fit, with what its answers may be compared with."""
 
 import json
 from dataclasses import dataclass
@@ -31,17 +31,38 @@ def accept_prompt(record: Canonical) -> Prompt:
     raise RowError("this stage needs prompts (a question or a conversation), and this is running text")
 
 
+def fit_history(
+    chat: Chat, messages: list[dict], limit: int | None, tools: list[dict] | None = None
+) -> tuple[list[dict], list[int]] | None:
+    """Drop the oldest exchanges until a prompt fits; the system message stays.
+
+    Args:
+        chat: what prepare_chat returned.
+        messages: ending with a user or tool message.
+        limit: in tokens; None without limit.
+        tools: functions offered to the model.
+
+    Returns:
+        (the messages left, their input_ids), or None when the last exchange alone does not fit.
+
+    Raises:
+        RowError: the template refuses the messages.
+    """
+    for _, shown in histories(messages):
+        input_ids = encode_prompt(chat, shown, tools)
+        if limit is None or len(input_ids) <= limit:
+            return shown, input_ids
+    return None
+
+
 def fit_prompt(chat: Chat, record: Prompt, max_prompt_length: int) -> tuple[list[int], list[dict]] | None:
     """Make a prompt of at most max_prompt_length tokens; the oldest exchanges give way, the system stays.
 
     Returns:
         (token ids, messages shown), or None where even the last exchange is too long: a cut question is another one.
     """
-    for _, shown in histories(record.prompt):
-        ids = encode_prompt(chat, shown, record.tools)
-        if len(ids) <= max_prompt_length:
-            return ids, shown
-    return None
+    fitted = fit_history(chat, record.prompt, max_prompt_length, record.tools)
+    return fitted and fitted[::-1]
 
 
 def last_question(messages: list[dict]) -> str:

@@ -97,8 +97,12 @@ def open_index(directory: str | Path, embedding_model: str | None = None, device
     return Index(directory, embedding_model, device)
 
 
+class BrokenIndex(ValueError):
+    """SQLite cannot use the file of an index; the message names it."""
+
+
 def _explained(method):
-    """Turn SQLite's errors into one line that names the file."""
+    """Turn SQLite's errors into BrokenIndex."""
 
     @functools.wraps(method)
     def wrapped(self, *args, **more):
@@ -106,7 +110,7 @@ def _explained(method):
             return method(self, *args, **more)
         except sqlite3.Error as error:
             hint = "" if isinstance(error, sqlite3.OperationalError) else "; delete it and index anew"
-            raise ValueError(f"{self.path}: {error}{hint}") from error
+            raise BrokenIndex(f"{self.path}: {error}{hint}") from error
 
     return wrapped
 

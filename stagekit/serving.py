@@ -26,7 +26,6 @@ from stagekit.generation import (
     StopWhen,
     TokenQueue,
     choose_settings,
-    decode,
     make_generation_config,
 )
 from stagekit.tokenization import encode_prompt
@@ -82,8 +81,9 @@ def start_engine(loaded: LoadedModel, at_once: int):
 
 
 def _try_continuous(loaded, at_once):
-    """Return (engine, None), or (None, why not)."""
-    engine = None
+    """Return (engine, None), or (None, why not); then the model is as it was."""
+    model, engine = _without_adapter(loaded.model), None
+    attention = model.config._attn_implementation
     try:
         engine = Continuous(loaded, at_once)
         reason = engine.why_unfit()
@@ -93,9 +93,17 @@ def _try_continuous(loaded, at_once):
         if engine is not None:
             engine.stop()
         raise
-    if reason is not None and engine is not None:
+    if reason is None:
+        return engine, None
+    if engine is not None:
         engine.stop()
-    return (None, reason) if reason is not None else (engine, None)
+    # Only a manager that was started puts it back, and only if no other was made before it.
+    model.set_attn_implementation(attention)
+    return None, reason
+
+
+def _without_adapter(model):
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 # -- one by one ------------------------------------------------------------------------------------------------------
@@ -187,7 +195,7 @@ class Continuous:
         # Its own log would show a traceback for every error; errors reach whoever asked instead.
         logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
         self.loaded, self.at_once, self.failure = loaded, at_once, None
-        self.model = loaded.model.get_base_model() if isinstance(loaded.model, PeftModel) else loaded.model
+        self.model = _without_adapter(loaded.model)
         self.requests: dict[str, _Request] = {}
         self.lock, self.number = threading.Lock(), 0
         self.manager, self.longest = self._reserve(loaded.context_length or DEFAULT_CONTEXT)
@@ -274,6 +282,8 @@ class Continuous:
                     auto_switch_to_flash=find_spec("flash_attn") is not None,  # else it asks the hub for a kernel
                 ),
             )
+            if self.model.config._attn_implementation == "paged|eager":
+                raise ValueError("its attention is eager alone, which cannot be proven right")
             greedy = _Greedy()
             manager.logit_processor.logits_processor.insert(0, greedy)
             manager.logit_processor.supported_keys.update(greedy.supported_kwargs)
@@ -372,66 +382,3 @@ class _Greedy(ContinuousBatchingLogitsProcessor):
         others = torch.ones_like(scores, dtype=torch.bool).scatter(-1, scores.argmax(-1, keepdim=True), False)
         greedy = tensor_arg[: scores.size(0)].bool().unsqueeze(-1)  # (requests, 1)
         return scores.masked_fill(others & greedy, -torch.inf)
-
-
-# -- text ------------------------------------------------------------------------------------------------------------
-
-
-class GrowingText:
-    """The text of an answer while its tokens come.
-
-    Attributes:
-        num_tokens: tokens seen, a stop token included.
-        stopped: a stop string has come; the text ends before it.
-    """
-
-    def __init__(self, loaded: LoadedModel, stops: list[str] | None = None, marks: list[str] | None = None):
-        """Begin with nothing.
-
-        Args:
-            stops: strings that end the answer.
-            marks: strings of which certain() must not show a beginning.
-        """
-        self.loaded, self.stops, self.marks = loaded, stops or [], marks or []
-        self.ids, self.text, self.num_tokens, self.stopped = [], "", 0, False
-        self.prefix = self.read = 0
-
-    def add(self, tokens: list[int]) -> None:
-        """Take new tokens; after a stop string they change nothing."""
-        for token in tokens:
-            if self.stopped:
-                return
-            self.num_tokens += 1
-            if token in self.loaded.stop_ids:
-                continue
-            self.ids.append(token)
-            # From `prefix`, some tokens back: tokenizers drop the blank at the start of a text. Nothing is shown while
-            # it ends in half a character.
-            before = decode(self.loaded, self.ids[self.prefix : self.read])
-            now = decode(self.loaded, self.ids[self.prefix :])
-            if len(now) > len(before) and not now.endswith("\ufffd"):
-                self._show(self.text + now[len(before) :])
-                self.prefix, self.read = self.read, len(self.ids)
-
-    def certain(self) -> str:
-        """The text so far without an end that may yet become a stop string or a mark."""
-        if self.stopped:
-            return self.text
-        ends = (
-            length
-            for string in (*self.stops, *self.marks)
-            for length in range(1, len(string))
-            if self.text.endswith(string[:length])
-        )
-        return self.text[: len(self.text) - max(ends, default=0)]
-
-    def finish(self) -> str:
-        """The whole text, with what could not be decoded to the end."""
-        if not self.stopped:
-            self._show(decode(self.loaded, self.ids))
-        return self.text
-
-    def _show(self, text):
-        found = [place for place in (text.find(stop) for stop in self.stops) if place >= 0]
-        self.stopped = bool(found)
-        self.text = text[: min(found)] if found else text

@@ -41,7 +41,10 @@ def start(docs, tmp_path, capsys, caplog):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A server of chat completions that records requests and streams the next of `answers`, a status if a number."""
+    """A server of chat completions that records requests and streams the next of `answers`.
+
+    A number is an HTTP status, a tuple such a status and the code of the error.
+    """
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -54,12 +57,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append((self.path, self.headers["Authorization"], body))
         answer = self.server.answers.pop(0)
-        status = answer if isinstance(answer, int) else 200
+        status, code = answer if isinstance(answer, tuple) else (answer if isinstance(answer, int) else 200, None)
         self.send_response(status)
         self.send_header("Content-Type", "application/json" if status != 200 else "text/event-stream")
         self.end_headers()
         if status != 200:
-            self.wfile.write(b'{"error": {"message": "the stub refuses"}}')
+            self.wfile.write(json.dumps({"error": {"message": "the stub refuses", "code": code}}).encode())
             return
         for place, piece in enumerate([*answer, None]):
             end = "stop" if piece is None else None
@@ -118,7 +121,10 @@ API = ["--docs", "d", "--api_base", "http://h/v1", "--api_model", "m"]
         ([*MODEL, "--question", "a", "--questions_file", "b"], "--question and --questions_file exclude each other"),
         ([*MODEL, "--question", " "], "--question is empty"),
         ([*MODEL, "--min_cosine", "0.5"], "it needs --embedding_model"),
-        ([*MODEL, "--temperature", "-1"], "--temperature -1.0 must be 0 (greedy) or more"),
+        ([*MODEL, "--temperature", "-1"], "--temperature -1.0 must be 0 (greedy) or at least 0.0001"),
+        ([*MODEL, "--temperature", "1e-40"], "--temperature 1e-40 must be 0 (greedy) or at least 0.0001"),
+        ([*MODEL, "--context_length", "99"], "--context_length belongs to --api_base: a model on this machine knows"),
+        ([*MODEL, "--output_file", "x"], "--output_file belongs to --questions_file"),
         ([*MODEL, "--api_base", "http://h/v1"], "--api_base and --api_model belong together"),
         ([*API, "--lora_model", "x"], "--lora_model and --api_base exclude each other"),
         ([*API, "--repetition_penalty", "1.1"], "--repetition_penalty and --api_base exclude each other"),
@@ -147,12 +153,17 @@ def test_flags_that_cannot_work_are_refused_in_a_line(flags, message, capsys):
             ["--docs", "empty", "--search_only", "--questions_file", "q.jsonl"],
             'q.jsonl:2: expected a row with "question"',
         ),
+        (
+            ["--docs", "empty", "--search_only", "--questions_file", "broken.jsonl"],
+            "broken.jsonl:3: broken JSON",
+        ),
         (["--docs", "empty", "--base_model", "m", "--template_name", "chatlm"], "did you mean 'chatglm"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(tmp_path, flags, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "q.jsonl").write_text('{"question": "a"}\n{"text": "b"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"question": "a"}\n{"text": "b"}\n{"question": \n')
     result = run_script("chatpdf.py", *flags, cwd=tmp_path, check=False)
     assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
@@ -294,7 +305,7 @@ def test_a_file_of_questions_is_answered_and_continued_after_a_failure(start, se
     questions.write_text("".join(json.dumps({"question": text}) + "\n" for text in texts))
     flags = [*server.flags, "--questions_file", questions, "--output_file", output]
     server.answers = [["Two [1]."], 400]
-    with pytest.raises(ValueError, match="--api_base http.*the stub refuses"):
+    with pytest.raises(ValueError, match=r"^\S+q.jsonl:3: --api_base http.*the stub refuses"):
         start(*flags)
     assert not output.exists()
     server.answers = [["Sticky [2]."]]
@@ -305,6 +316,29 @@ def test_a_file_of_questions_is_answered_and_continued_after_a_failure(start, se
     assert [row["finish_reason"] for row in found] == ["stop", "not_in_documents", "stop"]
     assert [[passage["cited"] for passage in row["passages"]] for row in found] == [[True, False], [], [False, True]]
     assert found[0]["passages"][0]["file"] == "leaflet.pdf" and found[0]["passages"][0]["page"] == 2
+
+
+def test_questions_that_are_too_long_are_rows_and_the_others_are_answered(start, server, tmp_path, caplog):
+    questions, output = tmp_path / "q.txt", tmp_path / "answers.jsonl"
+    questions.write_text(f"syrup?\n{'sticky syrup ' * 500}\nsticky syrup?\nteaspoons?\n")
+    server.answers = [["Two."], (400, "context_length_exceeded"), ["Two [1]."]]
+    caplog.set_level("INFO")
+    flags = ["--questions_file", questions, "--output_file", output, "--context_length", 1200]
+    start(*server.flags, *flags, "--max_new_tokens", 100)
+    found = rows(output)
+    assert [row["finish_reason"] for row in found] == ["stop", "prompt_too_long", "prompt_too_long", "stop"]
+    assert [row["answer"] for row in found] == ["Two.", "", "", "Two [1]."] and found[1]["passages"] == []
+    assert "2 not asked: longer than the model's context" in caplog.text
+
+
+def test_settings_that_fail_before_the_first_answer_do_not_stand_in_the_way_of_others(start, tiny_qwen3, tmp_path):
+    questions, output = tmp_path / "q.txt", tmp_path / "answers.jsonl"
+    questions.write_text("syrup?\n")
+    flags = ["--base_model", tiny_qwen3, "--only_cpu", "--questions_file", questions, "--output_file", output]
+    with pytest.raises(ValueError, match="q.txt:1: --max_new_tokens 9999 leaves no room"):
+        start(*flags, "--max_new_tokens", 9999)
+    start(*flags, "--max_new_tokens", 2)
+    assert [row["finish_reason"] for row in rows(output)] == ["length"]
 
 
 def test_answers_from_other_documents_are_not_continued(start, server, docs, tmp_path):

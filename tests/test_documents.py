@@ -2,10 +2,13 @@
 
 import io
 import os
+import subprocess
+import sys
 import zipfile
 
 import docx
 import pytest
+from conftest import ROOT
 from docx.oxml import parse_xml
 from docx.oxml.ns import nsdecls
 from pypdf import PdfReader, PdfWriter
@@ -297,6 +300,38 @@ def test_a_line_is_wrapped_when_the_next_word_would_not_have_fitted():
     assert join_lines([full, "- next"]) == [full, "- next"]
     assert join_lines([full, "", "next"]) == [full, "next"]
     assert join_lines(["short", "lines"]) == ["short", "lines"]
+
+
+def test_markdown_comments_that_never_end_hide_what_follows():
+    assert blocks_of("a.md", "Shown.\n\n<!-- hidden -->\nToo.\n\n<!-- hidden\n\nto the end") == [
+        Block("Shown."),
+        Block("Too."),
+    ]
+
+
+# Each took minutes or hours where a pattern, or a text that grows, starts over at every character or line.
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "'!' * 10**6"),
+        ("a.txt", "'a line of forty characters, as it happens\\n' * 25_000"),
+        ("a.txt", "'发热是体温升高要多喝水多休息持续高热要及时就医多喝水\\n' * 40_000"),
+        ("a.md", "'<!--' * 250_000 + 'x'"),
+        ("a.md", "'text\\n' + '-' * 10**6 + 'x'"),
+        ("a.md", "'# a' + ' ' * 10**6 + 'b'"),
+        ("a.md", "'# a' + '#' * 10**6 + 'b'"),
+        ("a.md", "'a line of forty characters, as it happens\\n' * 25_000"),
+        ("a.html", "'<svg>' * 100_000 + '</b>' * 125_000"),
+    ],
+)
+def test_a_megabyte_of_anything_is_read_in_seconds(name, text):
+    code = (
+        "from stagekit.documents import Limits, Unreadable, split\n"
+        "from stagekit.extraction import extract\n"
+        f"try: split(extract({name!r}, ('text\\n\\n' + {text}).encode(), Limits())[0], Limits())\n"
+        "except Unreadable: pass\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 # -- files -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Answers against a greedy loop written out, a trained model's own training answers, and loading by every road."""
 
+import math
 import os
 import shutil
 import threading
@@ -12,8 +13,9 @@ from conftest import build_model, build_tokenizer
 from stagekit import generation
 from stagekit.checkpoint import base_fingerprint, relative, write_stage
 from stagekit.formats import Conversation
-from stagekit.generation import PrefixCache, fit_history, generate_batch, stream
+from stagekit.generation import GrowingText, PrefixCache, generate_batch, stream
 from stagekit.modeling import generation_settings
+from stagekit.prompts import fit_history
 from stagekit.tokenization import encode_conversation, encode_prompt
 
 torch.set_num_threads(1)
@@ -348,6 +350,84 @@ def test_what_goes_wrong_while_streaming_is_raised_to_the_reader(outputs):
         list(stream(loaded, [10**6], greedy(loaded)))
 
 
+NO_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+)
+
+
+@pytest.mark.parametrize("error", NO_MEMORY, ids=["GPU", "CPU"])
+def test_memory_that_runs_out_is_one_line_that_says_what_would_do(outputs, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    loaded = load(outputs / "base")
+    monkeypatch.setattr(loaded.model, "generate", fail)
+    with pytest.raises(generation.OutOfMemory, match="^memory runs out; shorten --max_new_tokens or the prompts, or"):
+        list(stream(loaded, [1], greedy(loaded)))
+    with pytest.raises(generation.OutOfMemory, match="^memory runs out with --batch_size 1; shorten "):
+        list(generation.run_in_batches(1, 1, fail))
+    monkeypatch.setattr(generation.PeftModel, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=f"^{outputs}/sft: no memory is left to load it; give --load_in_4bit True"):
+        load(lora_model=outputs / "sft")
+    monkeypatch.setattr(generation.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ValueError, match=f"^{outputs}/base: no memory is left to load it"):
+        load(outputs / "base")
+
+
+# -- growing texts ---------------------------------------------------------------------------------------------------
+
+
+def grow(loaded, text, **strings):
+    """(certain texts after every token, the whole text) of a text given token by token."""
+    growing, seen = GrowingText(loaded, **strings), []
+    for token in loaded.chat.tokenizer(text, add_special_tokens=False)["input_ids"]:
+        growing.add([token])
+        seen.append(growing.certain())
+    return seen, growing.finish(), growing
+
+
+@pytest.fixture(scope="module")
+def base(outputs):
+    return load(outputs / "base")
+
+
+def test_a_text_grows_without_half_characters_and_keeps_its_blanks(base):
+    seen, whole, _ = grow(base, "  Drink 龘水 ")
+    assert whole == "  Drink 龘水 " and not any("\ufffd" in text for text in seen)
+    assert all(later.startswith(text) for text, later in zip(seen, seen[1:], strict=False)) and "  Drink " in seen
+
+
+def test_bytes_that_are_no_character_stay_at_the_end(base):
+    ids = base.chat.tokenizer("水龘", add_special_tokens=False)["input_ids"]
+    growing = GrowingText(base)
+    growing.add(ids[:-1])
+    assert growing.certain() == "水" and growing.finish().startswith("水\ufffd")
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "left", "stopped"),
+    [
+        ("rest and water", ["and"], "rest ", True),
+        ("rest and water", ["water", "t a"], "res", True),
+        ("rest and water", ["anda"], "rest and water", False),
+        ("rest and", ["and water"], "rest and", False),
+        ("多喝水休息", ["水休"], "多喝", True),
+    ],
+)
+def test_no_part_of_a_stop_string_is_ever_shown(base, text, stops, left, stopped):
+    seen, whole, growing = grow(base, text, stops=stops)
+    assert (whole, growing.stopped) == (left, stopped)
+    assert all(left.startswith(shown) for shown in seen)
+    growing.add([5])
+    assert growing.finish() == left or not stopped
+
+
+def test_a_mark_is_held_back_until_it_is_another_word(base):
+    seen, whole, _ = grow(base, "a <tool bar", marks=["<tool_call>"])
+    assert whole == "a <tool bar" and "a " in seen and "a <" not in seen and "a <tool" not in seen
+
+
 # -- history and settings --------------------------------------------------------------------------------------------
 
 
@@ -378,6 +458,19 @@ def test_settings_come_from_the_flags_then_the_checkpoint_then_the_defaults(outp
         512, 0.6, 0.5, 1.0, 20
     )
     assert generation.choose_settings(load(outputs / "base")) == generation.Settings(512, 0.7, 0.9, 1.0, 0)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 9e-5, -1.0, math.nan])
+def test_a_temperature_at_which_logits_overflow_is_refused(sft, temperature):
+    with pytest.raises(ValueError, match=r"^--temperature \S+ must be 0 \(greedy\) or at least 0.0001$"):
+        generation.choose_settings(sft, temperature=temperature)
+    assert generation.choose_settings(sft, temperature=1e-4).temperature == 1e-4
+
+
+def test_a_tiny_temperature_of_a_checkpoint_means_the_likeliest_token(outputs, tmp_path):
+    base = shutil.copytree(outputs / "base", tmp_path / "base")
+    generation.GenerationConfig(do_sample=True, temperature=1e-6).save_pretrained(base)
+    assert generation.choose_settings(load(base)).temperature == 0
 
 
 def test_an_answer_that_would_fill_the_whole_context_is_refused(sft):
@@ -427,6 +520,18 @@ def test_a_base_that_is_gone_is_named_with_the_way_out(outputs, tmp_path):
     with pytest.raises(FileNotFoundError, match="/nowhere/base.*--base_model"):
         load(lora_model=alone)
     assert first_answer(load(outputs / "base", alone)) == "多休息，多喝温水。"
+
+
+def test_weights_of_a_download_that_was_cut_off_are_named(outputs, tmp_path):
+    for name, weights in (("base", "model.safetensors"), ("sft", "adapter_model.safetensors")):
+        copy = shutil.copytree(outputs / name, tmp_path / name)
+        (copy / "stage.json").unlink(missing_ok=True)
+        whole = (copy / weights).read_bytes()
+        (copy / weights).write_bytes(whole[: len(whole) // 2])
+    for damaged, given in ((tmp_path / "base", [tmp_path / "base"]), (tmp_path / "sft", [None, tmp_path / "sft"])):
+        with pytest.raises(ValueError, match=f"^{damaged}: damaged weights .*cut off") as raised:
+            load(*given)
+        assert "\n" not in str(raised.value)
 
 
 def test_an_adapter_on_another_base_is_refused(outputs, tmp_path):

@@ -248,14 +248,14 @@ def test_the_program_says_where_it_is_and_warns_of_an_open_door(
     pages = []
 
     def block_thread(demo):
-        pages.append(httpx.get(f"http://127.0.0.1:{demo.server_port}"))
+        pages.append(httpx.get(demo.local_url))
         demo.close(verbose=False)
 
     monkeypatch.setattr(gradio.Blocks, "block_thread", block_thread)
     flags = ["--lora_model", str(outputs / "sft"), "--compare", str(outputs / "base"), "--port", "0", "--only_cpu"]
     docs = ["--docs", str(folder), "--index_dir", str(tmp_path / "index")]
     for host, more, warned in (
-        ("127.0.0.1", [], False),
+        ("127.0.0.2", [], False),
         ("0.0.0.0", docs, True),
         ("0.0.0.0", ["--auth", "a:b"], False),
     ):
@@ -377,7 +377,7 @@ def test_stopping_ends_the_model_and_keeps_what_was_said(endless):  # noqa: F811
 @pytest.mark.parametrize(
     "error, expected",
     [
-        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "Out of memory"),
+        (generation.OutOfMemory("memory runs out"), "Out of memory"),
         (RuntimeError("probability tensor contains nan"), "The model failed (RuntimeError)"),
         (ValueError("odd"), "The model failed (ValueError)"),
     ],
@@ -510,6 +510,19 @@ def test_nothing_is_reported_and_no_other_machine_is_asked(sft, monkeypatch):
         assert talk(address, [COLD["content"]])[1] == REST
     named = {host.decode() if isinstance(host, bytes) else host for host in asked}
     assert named <= {"127.0.0.1", "localhost", "0.0.0.0", None}
+
+
+def test_a_page_that_only_pretends_to_be_local_is_refused_where_there_is_no_password(sft):
+    import httpx
+
+    evil, ours = {"Host": "evil.example:7860"}, {"Host": "localhost:7860"}
+    with served([sft]) as address:
+        assert [httpx.get(address, headers=headers).status_code for headers in (evil, ours, {})] == [403, 200, 200]
+        event = {"data": ["hello", None, None], "fn_index": 0, "session_hash": "x"}
+        refused = httpx.post(f"{address}gradio_api/queue/join", json=event, headers=evil)
+        assert refused.status_code == 403 and "answers only to 127.0.0.1 and localhost" in refused.text
+    with served([sft], auth=("ward", "secret")) as address:
+        assert httpx.get(address, headers=evil).status_code == 200
 
 
 def test_with_a_password_nobody_gets_in_without_it(sft):

@@ -8,7 +8,17 @@ import pytest
 from conftest import build_tokenizer
 
 from stagekit import grounding
-from stagekit.grounding import build_messages, cite, cited_numbers, estimate_tokens, is_answerable, language
+from stagekit.grounding import (
+    NOT_FOUND,
+    TooLong,
+    build_messages,
+    cite,
+    cited_numbers,
+    estimate_tokens,
+    ground,
+    is_answerable,
+    language,
+)
 from stagekit.retrieval import Passage
 from stagekit.tokenization import encode_prompt, prepare_chat
 
@@ -150,7 +160,7 @@ def test_a_passage_is_worth_more_than_the_history():
 
 
 def test_a_question_that_leaves_no_room_for_a_sentence_is_an_error():
-    with pytest.raises(ValueError, match="this question and a passage do not fit: there is room for 20 tokens"):
+    with pytest.raises(TooLong, match="this question and a passage do not fit: there is room for 20 tokens"):
         build_messages("How many?", [], [ONE], count_words, 20)
 
 
@@ -161,6 +171,37 @@ def test_tokens_are_estimated_on_the_safe_side():
     assert estimate_tokens([said("user", "What is a fever? " * 20)]) > len(
         chat.tokenizer("What is a fever? " * 20).input_ids
     )
+
+
+# -- search and prompt -----------------------------------------------------------------------------------------------
+
+
+class Index:
+    """Finds the same passages whatever it is asked, and notes that."""
+
+    def __init__(self, *passages):
+        self.passages, self.asked = list(passages), []
+
+    def search(self, question, top_k, history):
+        self.asked.append((question, top_k, history))
+        return self.passages[:top_k]
+
+
+def test_what_is_found_is_asked_about_with_the_questions_before_it():
+    index, history = Index(ONE, TWO), [said("user", "Before?"), said("assistant", "Yes.")]
+    found = ground(index, "Now?", history, count_words, lambda: 1000, top_k=1, escape=True)
+    assert found == build_messages("Now?", history, [ONE], count_words, 1000, escape=True)
+    assert index.asked == [("Now?", 1, ["Before?"])]
+    with pytest.raises(TooLong):
+        ground(index, "Now?", history, count_words, lambda: 20)
+
+
+def test_where_nothing_is_found_that_is_the_answer_and_no_limit_is_asked_for():
+    def limit():
+        raise AssertionError("the model would be loaded")
+
+    for passages, least in (((), {}), ((TWO,), {"min_score": 0.5})):
+        assert ground(Index(*passages), "Who?", [], count_words, limit, **least) == NOT_FOUND["en"]
 
 
 # -- answerable, cited -----------------------------------------------------------------------------------------------

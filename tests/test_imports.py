@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "template": set(),
     "eval_metrics": set(),
     "stagekit": set(),
-    "stagekit.arguments": {"template"},
+    "stagekit.arguments": {"stagekit.commandline", "template"},
     "stagekit.documents": set(),
     "stagekit.embedding": set(),
     "stagekit.extraction": {"stagekit.documents"},
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     },
     "stagekit.measuring": {
         *("stagekit.benchmarks", "stagekit.choices", "stagekit.formats", "stagekit.generation", "stagekit.journal"),
-        *("stagekit.likelihood", "stagekit.scoring"),
+        *("stagekit.likelihood", "stagekit.prompts", "stagekit.scoring"),
     },
     "stagekit.lm_eval_export": {
         *("stagekit.generation", "stagekit.journal", "stagekit.likelihood", "stagekit.tokenization"),
@@ -57,20 +57,23 @@ MAY_IMPORT = {
     "stagekit.rewards": {"eval_metrics"},
     "stagekit.checks": {"stagekit.data", "stagekit.tokenization"},
     "stagekit.generation": {
-        *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.tokenization"),
+        *("stagekit.arguments", "stagekit.checkpoint", "stagekit.commandline", "stagekit.modeling"),
+        "stagekit.tokenization",
     },
     "stagekit.held_out": {
         *("eval_metrics", "stagekit.generation", "stagekit.prompts", "stagekit.rewards", "stagekit.tokenization"),
     },
     "stagekit.export": {"stagekit.checkpoint", "stagekit.data"},
     "stagekit.perplexity": {"stagekit.likelihood"},
-    "stagekit.page": set(),
-    "stagekit.chat_tab": {"stagekit.generation", "stagekit.page"},
+    "stagekit.page": {"stagekit.commandline"},
+    "stagekit.chat_tab": {"stagekit.generation", "stagekit.page", "stagekit.prompts"},
     "stagekit.docs_tab": {
         *("stagekit.chat_tab", "stagekit.generation", "stagekit.grounding", "stagekit.page", "stagekit.tokenization"),
         "stagekit.retrieval",
     },
-    "stagekit.prediction": {"stagekit.data", "stagekit.formats", "stagekit.generation", "stagekit.journal"},
+    "stagekit.prediction": {
+        *("stagekit.data", "stagekit.formats", "stagekit.generation", "stagekit.journal", "stagekit.prompts"),
+    },
     "stagekit.prompts": {"stagekit.formats", "stagekit.tokenization"},
     "stagekit.retrieval": {
         *("stagekit.documents", "stagekit.embedding", "stagekit.extraction", "stagekit.words"),
@@ -81,10 +84,10 @@ MAY_IMPORT = {
         "stagekit.scoring",
     },
     "stagekit.serving": {"stagekit.generation", "stagekit.tokenization"},
-    "stagekit.openai_format": {"stagekit.formats"},
+    "stagekit.openai_format": {"stagekit.commandline", "stagekit.formats"},
     "stagekit.openai_server": {
-        *("stagekit.formats", "stagekit.generation", "stagekit.openai_format", "stagekit.serving"),
-        "stagekit.tokenization",
+        *("stagekit.commandline", "stagekit.formats", "stagekit.generation", "stagekit.openai_format"),
+        *("stagekit.serving", "stagekit.tokenization"),
     },
     "stagekit.scoring": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization"),

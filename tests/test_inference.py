@@ -87,6 +87,12 @@ def test_abbreviations_are_refused(capsys):
         (["--base_model", "b", "--interactive", "--only_cpu", "--gpus", "0"], "--only_cpu and --gpus exclude"),
         (["--base_model", "b", "--interactive", "--load_in_4bit", "--load_in_8bit"], "exclude each other"),
         (["--base_model", "b", "--interactive", "--temperature", "-1"], "--temperature -1.0"),
+        (
+            ["--base_model", "b", "--interactive", "--temperature", "1e-40"],
+            "--temperature 1e-40 must be 0 (greedy) or",
+        ),
+        (["--base_model", "b", "--interactive", "--output_file", "o"], "--output_file belongs to --data_file"),
+        (["--base_model", "b", "--interactive", "--batch_size", "4"], "--batch_size belongs to --data_file"),
         (["--base_model", "b", "--interactive", "--top_p", "0"], "--top_p 0.0"),
         (["--base_model", "b", "--interactive", "--max_new_tokens", "0"], "--max_new_tokens 0 must be above 0"),
         (["--base_model", "b", "--interactive", "--only_cpu", "maybe"], "'maybe' is neither True nor False"),
@@ -269,6 +275,15 @@ def test_an_interrupted_answer_stays_in_the_history_as_far_as_it_came(sft, monke
     assert captured.out == "Drink water\nyes\n" and "(stopped)" in captured.err
 
 
+def test_memory_that_runs_out_is_told_and_the_conversation_goes_on(sft, monkeypatch, capsys):
+    error = generation.OutOfMemory("memory runs out; shorten the prompts")
+    chat = Scripted(monkeypatch, sft, ["one", "two", "three"], [["yes"], [error], ["yes"]])
+    chat.run()
+    assert chat.prompts[2] == chat.prompts[1].replace("two", "three") and "one" in chat.prompts[2]
+    captured = capsys.readouterr()
+    assert captured.out == "yes\n\nyes\n" and "(memory runs out; shorten the prompts)\n" in captured.err
+
+
 def test_a_question_interrupted_before_its_answer_is_not_kept(sft, monkeypatch):
     chat = Scripted(monkeypatch, sft, ["one", KeyboardInterrupt(), "two"], [[KeyboardInterrupt()], ["yes"]])
     chat.run()
@@ -410,6 +425,23 @@ def test_a_torn_line_is_cut_off_before_the_journal_goes_on(tmp_path):
     assert Journal(tmp_path / "p", header).rows == {} and read(tmp_path / "p") == [header]
 
 
+def test_a_journal_without_rows_is_begun_anew_whatever_run_it_was_of(tmp_path):
+    Journal(tmp_path / "p", {"model": "a longer name"}).close()
+    journal = Journal(tmp_path / "p", {"model": "m"})
+    journal.add({"index": 0})
+    assert read(tmp_path / "p") == [{"model": "m"}, {"index": 0}]
+    with pytest.raises(ValueError, match="holds answers of a run with other model"):
+        Journal(tmp_path / "p", {"model": "a longer name"})
+
+
+def test_settings_that_fail_before_the_first_answer_do_not_stand_in_the_way_of_others(endless, tmp_path):  # noqa: F811
+    path = write_jsonl(tmp_path / "q.jsonl", [{"question": "fever"}])
+    flags = ["--base_model", endless, "--data_file", path]
+    with pytest.raises(ValueError, match="--max_new_tokens 9999 leaves no room"):
+        predict(tmp_path, *flags, "--max_new_tokens", 9999)
+    assert [row["new_tokens"] for row in predict(tmp_path, *flags, "--max_new_tokens", 2)] == [2]
+
+
 def test_what_is_answered_stands_in_the_partial_at_once(endless, tmp_path, monkeypatch):  # noqa: F811
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": f"fever {number}"} for number in range(4)])
     flags = ["--base_model", endless, "--data_file", path, "--max_new_tokens", 8, "--batch_size", 2]
@@ -443,7 +475,10 @@ def test_a_partial_of_other_settings_is_refused(flags, named, outputs, tmp_path,
     base = shutil.copytree(outputs / "base", tmp_path / "base")
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "a"}])
     common = ["--base_model", base, "--data_file", path]
-    monkeypatch.setattr(prediction, "predict", lambda *args: None)  # as if interrupted before the first answer
+    # As if interrupted behind the first answer.
+    monkeypatch.setattr(
+        prediction, "predict", lambda loaded, settings, prompts, journal, args: journal.add({"index": 0})
+    )
     with pytest.raises(FileNotFoundError):
         predict(tmp_path, *common, "--max_new_tokens", "8")
     if flags == ["retrained"]:

@@ -180,9 +180,20 @@ def test_what_is_answered_already_is_written_without_loading_a_model(endless, qu
 
 def test_a_journal_of_other_settings_is_refused_whosever_it_is(endless, questions, tmp_path):  # noqa: F811
     output = tmp_path / "out.jsonl"
-    write_jsonl(tmp_path / "out.jsonl.partial.3", [{"max_new_tokens": 7}])
+    write_jsonl(tmp_path / "out.jsonl.partial.3", [{"max_new_tokens": 7}, {"index": 0}])
     with pytest.raises(ValueError, match=r"out\.jsonl\.partial\.3 holds .*max_new_tokens.* delete the file"):
         run(flags_for(endless, questions, output, "--max_new_tokens", 4))
+
+
+def test_a_run_that_failed_before_its_first_answer_does_not_stand_in_the_way(endless, questions, tmp_path):  # noqa: F811
+    output = tmp_path / "out.jsonl"
+    flags = flags_for(endless, questions, output)
+    write_jsonl(tmp_path / "out.jsonl.partial.3", [{"max_new_tokens": 7}])
+    with pytest.raises(ValueError, match="--max_new_tokens 9999 leaves no room"):
+        run([*flags, "--max_new_tokens", "9999"])
+    run([*flags, "--max_new_tokens", "4"])
+    assert [row["new_tokens"] for row in read(output)] == [4] * 9
+    assert not list(tmp_path.glob("out.jsonl.partial*"))
 
 
 def test_questions_that_do_not_fit_are_rows_too(endless, tmp_path, monkeypatch):  # noqa: F811
@@ -227,6 +238,15 @@ def test_what_stands_behind_a_torn_line_is_not_read(tmp_path):
     lines, end = read_lines(journal)
     assert lines == [{"model": "m"}, {"index": 0}] and end == len(b'{"model": "m"}\n{"index": 0}\n')
     assert read_lines(journal, end) == ([], end)
+
+
+def test_a_header_that_its_process_writes_anew_is_read_again(tmp_path):
+    journal = write_jsonl(tmp_path / "out.jsonl.partial.1", [{"model": "of a run that failed"}])
+    gathered = multigpu.Gathered(str(tmp_path / "out.jsonl"), {"model": "m"})
+    gathered.read()
+    write_jsonl(journal, [{"model": "m"}, {"index": 5}])
+    gathered.read()
+    assert gathered.rows == {5: {"index": 5}}
 
 
 def test_process_0_reads_along_and_ends_when_torchrun_is_gone(tmp_path, monkeypatch):

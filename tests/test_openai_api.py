@@ -1,6 +1,5 @@
 """openai_api.py asked by the real openai client: answers, limits, errors, and clients that leave."""
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -27,6 +26,7 @@ from test_serving import counted_steps
 
 import openai_api
 from stagekit import openai_format, openai_server, serving
+from stagekit.commandline import is_loopback
 from stagekit.tokenization import encode_prompt
 
 ANSWER = TAUGHT[0][-1]["content"]  # 多休息，多喝温水。
@@ -251,6 +251,7 @@ def refusal(place, path="chat/completions", **body):
         ({"temperature": -1}, "temperature must be a number from 0 to 2", "temperature"),
         ({"temperature": "hot"}, "temperature must be a number", "temperature"),
         ({"temperature": True}, "temperature must be a number", "temperature"),
+        ({"temperature": 1e-40}, "temperature must be 0 (greedy) or from 0.0001 to 2", "temperature"),
         ({"top_p": 0}, "top_p must be above 0", "top_p"),
         ({"max_tokens": 0}, "max_tokens must be a whole number from 1", "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens must be a whole number", "max_tokens"),
@@ -274,6 +275,8 @@ def refusal(place, path="chat/completions", **body):
         ({"messages": [COLD, said("assistant", "a")]}, "the last message must be the user's", "messages"),
         ({"messages": [COLD, COLD]}, "a user message cannot follow a user message", "messages"),
         ({"messages": [{**COLD, "audio": "x"}]}, "'audio' is not supported", "messages"),
+        ({"messages": [{**COLD, "name": "Ann"}]}, "message 1: name is not supported in user messages", "messages"),
+        ({"messages": [COLD] * 2049}, "messages may hold 2048 messages, and these are 2049", "messages"),
         ({"tool_choice": "required"}, "a call cannot be forced", "tool_choice"),
         ({"tools": ["x"]}, "list of objects", "tools"),
         ({"max_tokens": 2040}, "max_tokens asks for 2040; the model takes 2048", "messages"),
@@ -305,6 +308,20 @@ def test_what_cannot_be_done_is_refused_in_openais_form(batched, body, message, 
 def test_a_completion_that_cannot_be_is_refused(batched, body, message):
     response = httpx.post(f"{batched.url}/v1/completions", json={"model": "sft", **body})
     assert response.status_code == 400 and message in response.json()["error"]["message"]
+
+
+def test_what_cannot_fit_is_refused_before_it_is_tokenised(batched, monkeypatch):
+    monkeypatch.setattr(openai_server, "encode_prompt", None)
+    monkeypatch.setattr(openai_server, "encode_document", None)
+    forged = "<|im_end|>" * 2048
+    for path, body, least in (
+        ("chat/completions", {"messages": [said("user", forged)]}, 2049),
+        ("chat/completions", {"messages": [*[COLD, said("assistant", forged[:20])] * 600, COLD]}, 1201 + 600 * 2),
+        ("completions", {"prompt": f"{forged}<|im_end|>", "messages": None}, 2049),
+    ):
+        status, error = refusal(batched, path, **body)
+        assert (status, error["code"]) == (400, "context_length_exceeded")
+        assert error["message"] == f"the prompt has at least {least} tokens; the model takes 2048 altogether"
 
 
 def test_the_clients_own_exceptions_tell_what_went_wrong(batched):
@@ -389,6 +406,17 @@ def test_without_the_key_nobody_asks(batched):
 def test_a_page_that_only_pretends_to_be_local_is_refused_where_there_is_no_key(batched):
     for host, status in (("evil.example", 403), ("127.0.0.1.evil.example:80", 403), ("localhost:8000", 200)):
         assert httpx.get(f"{batched.url}/v1/models", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("host", "local"),
+    [
+        *((name, True) for name in ("127.0.0.1", "127.0.0.2", "::1", "localhost")),
+        *((name, False) for name in ("0.0.0.0", "::", "192.0.2.1", "localhost.evil.example", "")),
+    ],
+)
+def test_what_only_this_machine_reaches_is_told_by_the_address(host, local):
+    assert is_loopback(host) == local
 
 
 def test_other_origins_are_let_in_only_by_name(batched):
@@ -544,6 +572,49 @@ def test_a_request_that_takes_too_long_is_ended(talkative):
         assert state(place)["running"] == 0
 
 
+def test_time_runs_while_a_prompt_is_tokenised_and_while_it_waits_for_that(sft, monkeypatch):
+    began, hold, real = threading.Event(), threading.Event(), openai_server.encode_prompt
+
+    def encode(chat, messages, tools):
+        if messages[0]["content"] == "slow":
+            began.set()
+            assert hold.wait(PATIENCE_SECONDS)
+        return real(chat, messages, tools)
+
+    monkeypatch.setattr(openai_server, "encode_prompt", encode)
+    engine = Scripted(sft, "yes")
+    with serve(sft, engine, "--timeout_seconds", 1) as place, ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(refusal, place, messages=[said("user", "slow")])
+        assert began.wait(PATIENCE_SECONDS)
+        behind = pool.submit(refusal, place)
+        try:
+            for status, error in (slow.result(), behind.result()):
+                assert (status, error["message"]) == (504, "the answer took longer than 1 seconds")
+            assert state(place) == {"status": "ok", "running": 0, "waiting": 0}
+        finally:
+            hold.set()
+        assert ask(place, [COLD]).choices[0].message.content == "yes" and len(engine.prompts) == 1
+
+
+def test_a_client_that_does_not_read_loses_its_place(sft, monkeypatch):
+    def bind(host, port):
+        listener = real(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    real = openai_api.bind
+    monkeypatch.setattr(openai_api, "bind", bind)
+    monkeypatch.setattr(openai_server, "SEND_SECONDS", 0.1)
+    body = json.dumps({"model": "sft", "messages": [COLD], "stream": True}).encode()
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serve(sft, Scripted(sft, "rest " * 4000), "--timeout_seconds", 1) as place, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(place.url.rpartition(":")[2])))
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_for(lambda: place.server.active == 1)
+        wait_for(lambda: place.server.active == 0)
+
+
 # -- limits ----------------------------------------------------------------------------------------------------------
 
 
@@ -551,6 +622,14 @@ def test_the_ceiling_holds_for_what_is_asked_and_for_what_is_not(talkative):
     with serve(talkative.loaded, talkative.engine, "--max_new_tokens", 5, name="endless") as place:
         assert ask(place, [COLD]).usage.completion_tokens == 5
         assert refusal(place, max_tokens=6)[1]["message"] == "max_tokens 6 is above this server's limit of 5"
+
+
+def test_a_completion_without_a_limit_stays_below_the_ceiling_and_within_the_room(talkative):
+    prompt = [7] * 2045
+    with serve(talkative.loaded, talkative.engine, "--max_new_tokens", 8, name="endless") as place:
+        for ids, made in ((prompt[:9], 8), (prompt, 3)):
+            answer = place.client.completions.create(model="endless", prompt=ids, temperature=0)
+            assert answer.usage.completion_tokens == made
 
 
 def test_without_a_limit_the_answer_fills_what_the_prompt_leaves(talkative):
@@ -630,6 +709,62 @@ def test_a_streamed_call_comes_whole_and_never_as_text(sft):
     assert "".join(pieces) == "I look it up." and finish == ["tool_calls"]
     (delta,) = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
     assert (delta.index, delta.function.name, delta.function.arguments) == (0, "dose", '{"kg": 20}')
+
+
+def test_what_stands_around_complete_calls_is_content(sft):
+    begun = '<tool_call>\n{"name"'
+    with serve(sft, Scripted(sft, f"Before.\n{CALLS}\nBetween.\n{CALLS} Behind. {begun}")) as place:
+        answer = ask(place, [COLD], tools=[TOOL]).choices[0]
+        assert answer.message.content == f"Before.\n\nBetween.\n Behind. {begun}"
+        assert (answer.finish_reason, len(answer.message.tool_calls)) == ("tool_calls", 2)
+        pieces, finish, _ = streamed(place, [COLD], tools=[TOOL])
+        assert "".join(pieces) == answer.message.content and finish == ["tool_calls"]
+
+
+def call(name, identity):
+    return {"id": identity, "type": "function", "function": {"name": name, "arguments": "{}"}}
+
+
+ASKED = [COLD, {"role": "assistant", "content": None, "tool_calls": [call("dose", "a"), call("weight", "b")]}]
+
+
+def result(identity, content, **more):
+    return {"role": "tool", "tool_call_id": identity, "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [result("a", "300 mg"), result("b", "20 kg")],
+        [result("b", "20 kg", name="weight"), result("a", "300 mg", name="dose")],
+        [result(None, "300 mg"), result("", "20 kg")],
+    ],
+)
+def test_results_reach_the_model_in_the_order_of_their_calls(sft, results):
+    engine = Scripted(sft, "yes")
+    with serve(sft, engine) as place:
+        ask(place, [*ASKED, *results, said("assistant", "Fine."), *ASKED[:1], *ASKED[1:], *results], tools=[TOOL])
+    (prompt,) = engine.prompts
+    assert re.findall("300 mg|20 kg|Fine", prompt) == ["300 mg", "20 kg", "Fine", "300 mg", "20 kg"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([*ASKED, result("c", "x")], "message 3: the assistant message before it makes no such call"),
+        ([*ASKED, result("a", "x"), result("a", "y")], "message 3: its call has another result"),
+        ([*ASKED, result("b", "x")], "message 3: the call before the one that it answers has no result"),
+        ([*ASKED, result("a", "x", name="weight")], "message 3: name is not that of the function that was called"),
+        ([*ASKED, *map(result, [None] * 3, "xyz")], "message 5: the assistant message before it makes no such call"),
+        ([COLD, said("assistant", "Fine."), result("a", "x")], "message 3: the assistant message before it makes no"),
+        ([result("a", "x")], "message 1: the assistant message before it makes no such call"),
+        ([{**COLD, "tool_call_id": "a"}], "message 1: tool_call_id is not supported in user messages"),
+        ([COLD, {**ASKED[1], "tool_calls": "[]"}, COLD], "message 2: tool_calls must be a list"),
+    ],
+)
+def test_a_result_that_belongs_to_no_call_is_refused(messages, message):
+    with pytest.raises(openai_format.ApiError, match=message):
+        openai_format.read_messages({"messages": messages})
 
 
 @pytest.mark.parametrize(
@@ -786,8 +921,7 @@ def test_flags_that_cannot_work_are_refused_in_one_line(flags, expected, capsys)
     assert ended.value.code == 2 and expected in message and message.count("\n") == 1
 
 
-def test_the_model_is_called_as_its_directory_or_its_name_on_the_hub(outputs, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(asyncio, "Lock", lambda: None)
+def test_the_model_is_called_as_its_directory_or_its_name_on_the_hub(outputs):  # noqa: F811
     for flags, name in (
         (["--lora_model", f"{outputs}/sft/"], "sft"),
         (["--base_model", "Qwen/Qwen3-0.6B"], "Qwen/Qwen3-0.6B"),

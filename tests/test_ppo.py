@@ -501,9 +501,9 @@ def test_offload_is_refused_which_would_lose_the_gradients_of_the_policy(name):
 def test_what_is_no_reward_model_on_this_base_is_refused(chain, tmp_path, tiny_llama):
     assert "no reward model" in refusal(chain, tmp_path, "--reward_model_path", chain / "sft")
     assert "--reward_model_path is missing" in refusal(chain, tmp_path)
-    assert "--temperature must be positive" in refusal(
-        chain, tmp_path, "--reward_model_path", chain / "rm", "--temperature", "0"
-    )
+    for temperature in ("0", "1e-40"):
+        flags = ("--reward_model_path", chain / "rm", "--temperature", temperature)
+        assert "--temperature must be at least 0.0001" in refusal(chain, tmp_path, *flags)
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,9 @@ def test_a_failure_leaves_nothing_and_a_full_disk_is_told_before(outputs, tmp_pa
         (["--gguf_type", "f16"], "--gguf_type is not for --format bitsandbytes"),
         (["--format", "gguf", "--gguf_type", "q9"], "invalid choice: 'q9'"),
         (["--max_texts", "0"], "--max_texts 0 must be above 0"),
+        (["--max_shard_size", "big"], "--max_shard_size 'big' is no size such as 5GB or 500MB"),
+        (["--format", "gguf", "--max_shard_size", "1GB"], "--max_shard_size is not for --format gguf"),
+        (["--only_cpu", "--gpus", "0"], "--only_cpu and --gpus exclude each other"),
         (["--modell", "x"], "unknown flag --modell; did you mean --model?"),
     ],
 )

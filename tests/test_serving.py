@@ -1,4 +1,4 @@
-"""Engines without HTTP: answers given together against a loop written out, models that must not be batched, texts."""
+"""Engines without HTTP: answers given together against a loop written out, and models that must not be batched."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ from conftest import build_model
 from test_generation import COLD, TAUGHT, endless, greedy, greedy_by_hand, load, outputs, said  # noqa: F401 (fixtures)
 
 from stagekit import generation, serving
-from stagekit.generation import choose_settings
+from stagekit.generation import GrowingText, choose_settings
 from stagekit.tokenization import encode_prompt
 
 QUESTIONS = ["a", "What is a fever?", "发烧怎么办？要多休息吗？" * 6, "rest", "多喝水"]
@@ -43,7 +43,7 @@ def counted_steps(loaded):
 
 def ask_all(engine, loaded, prompts, *settings):
     """[(text, finish reason, number of tokens)] of requests that are made at once."""
-    texts, finishes, ended = [serving.GrowingText(loaded) for _ in prompts], [None] * len(prompts), queue.SimpleQueue()
+    texts, finishes, ended = [GrowingText(loaded) for _ in prompts], [None] * len(prompts), queue.SimpleQueue()
     for number, ids in enumerate(prompts):
 
         def deliver(tokens, finish, number=number):
@@ -106,7 +106,8 @@ def test_a_model_that_batching_would_answer_wrongly_is_answered_one_by_one_and_t
 def test_what_a_model_raises_and_what_batching_lacks_are_reasons_too(outputs, tmp_path, caplog, monkeypatch, start):  # noqa: F811
     loaded = load(outputs / "base")
 
-    def refuse(*args, **options):
+    def refuse(model, *args, **options):
+        model.set_attn_implementation("eager")  # as transformers does before it finds out
         raise ValueError("Invalid layer type:\n  linear_attention")
 
     monkeypatch.setattr(type(loaded.model), "init_continuous_batching", refuse)
@@ -116,7 +117,31 @@ def test_what_a_model_raises_and_what_batching_lacks_are_reasons_too(outputs, tm
         assert isinstance(start(model, 4), serving.OneByOne)
     reasons = [record.getMessage().partition(": ")[2] for record in caplog.records]
     assert reasons[0] == "ValueError: Invalid layer type: linear_attention"
+    assert loaded.model.config._attn_implementation == "sdpa"
     assert reasons[1] == "the checkpoint asks for repetition_penalty 1.1, which continuous batching cannot give"
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_model_with_eager_attention_alone_is_refused_for_that_reason_and_answers_one_by_one(
+    fits,
+    tmp_path,
+    monkeypatch,
+    caplog,
+    start,
+):
+    from transformers.generation.continuous_batching.cache import PagedAttentionMemoryHandler as Handler
+
+    loaded = random_head(load(build_model(tmp_path / "model", "llama", chat=False), template_name="vicuna"))
+    loaded.model.set_attn_implementation("eager")
+    if not fits:  # a cache that shrinks is another manager's, which knows nothing of the first attention
+        monkeypatch.setattr(Handler, "compute_memory_footprint", lambda self, tokens, n: 0 if n <= 40 else 1 << 60)
+    engine = start(loaded, 3)
+    assert isinstance(engine, serving.OneByOne)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "stagekit.serving"]
+    assert line.endswith("one after the other: ValueError: its attention is eager alone, which cannot be proven right")
+    ids = encode_prompt(loaded.chat, [said("user", "rest")])
+    answers = ask_all(engine, loaded, [ids], greedy(loaded, max_new_tokens=12))
+    assert [(text, number) for text, _, number in answers] == [greedy_by_hand(loaded, ids, 12)]
 
 
 def test_the_likeliest_token_is_left_alone_also_among_equals():
@@ -166,56 +191,3 @@ def test_ctrl_c_while_the_model_is_tried_leaves_no_thread_behind(endless, monkey
     left = [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
     engines[0].stop()
     assert not left
-
-
-# -- texts -----------------------------------------------------------------------------------------------------------
-
-
-def grow(loaded, text, **strings):
-    """(certain texts after every token, the whole text) of a text given token by token."""
-    growing, seen = serving.GrowingText(loaded, **strings), []
-    for token in loaded.chat.tokenizer(text, add_special_tokens=False)["input_ids"]:
-        growing.add([token])
-        seen.append(growing.certain())
-    return seen, growing.finish(), growing
-
-
-@pytest.fixture(scope="module")
-def base(outputs):  # noqa: F811
-    return load(outputs / "base")
-
-
-def test_a_text_grows_without_half_characters_and_keeps_its_blanks(base):
-    seen, whole, _ = grow(base, "  Drink 龘水 ")
-    assert whole == "  Drink 龘水 " and not any("\ufffd" in text for text in seen)
-    assert all(later.startswith(text) for text, later in zip(seen, seen[1:], strict=False)) and "  Drink " in seen
-
-
-def test_bytes_that_are_no_character_stay_at_the_end(base):
-    ids = base.chat.tokenizer("水龘", add_special_tokens=False)["input_ids"]
-    growing = serving.GrowingText(base)
-    growing.add(ids[:-1])
-    assert growing.certain() == "水" and growing.finish().startswith("水\ufffd")
-
-
-@pytest.mark.parametrize(
-    ("text", "stops", "left", "stopped"),
-    [
-        ("rest and water", ["and"], "rest ", True),
-        ("rest and water", ["water", "t a"], "res", True),
-        ("rest and water", ["anda"], "rest and water", False),
-        ("rest and", ["and water"], "rest and", False),
-        ("多喝水休息", ["水休"], "多喝", True),
-    ],
-)
-def test_no_part_of_a_stop_string_is_ever_shown(base, text, stops, left, stopped):
-    seen, whole, growing = grow(base, text, stops=stops)
-    assert (whole, growing.stopped) == (left, stopped)
-    assert all(left.startswith(shown) for shown in seen)
-    growing.add([5])
-    assert growing.finish() == left or not stopped
-
-
-def test_a_mark_is_held_back_until_it_is_another_word(base):
-    seen, whole, _ = grow(base, "a <tool bar", marks=["<tool_call>"])
-    assert whole == "a <tool bar" and "a " in seen and "a <" not in seen and "a <tool" not in seen

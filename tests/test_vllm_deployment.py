@@ -11,7 +11,7 @@ from conftest import ROOT
 from test_scripts import READ, SHELLS, write_program
 
 from stagekit.checkpoint import base_fingerprint, write_stage
-from tools.vllm_command import main
+from tools.vllm_command import main, parse_args
 
 SCRIPT = ROOT / "scripts/vllm_deployment.sh"
 LORA = {
@@ -50,7 +50,7 @@ def write_adapter(base, name="sft", adapter=None, base_model=None, tuning=None):
 
 def arguments(capsys, directory, *more):
     """(arguments, notes) that the tool prints."""
-    main([str(directory), *more])
+    main(parse_args([str(directory), *more]))
     printed = capsys.readouterr()
     return printed.out.splitlines(), printed.err
 
@@ -165,7 +165,7 @@ def test_more_arguments_come_last_whatever_they_look_like(base, capsys):
 def test_what_vllm_cannot_serve_is_refused_with_the_way_out(adapter, reason, base):
     sft = write_adapter(base, adapter=adapter)
     with pytest.raises(ValueError) as raised:
-        main([f"{sft}/"])
+        main(parse_args([f"{sft}/"]))
     message = str(raised.value)
     assert f"vLLM cannot serve this adapter on its base: {reason}" in message and "\n" not in message
     assert message.endswith(f"python -m tools.merge_adapter --lora_model {sft}/ --output_dir {sft}-merged")
@@ -177,7 +177,7 @@ def test_an_adapter_on_a_merged_chain_is_refused(base):
     first = write_adapter(base, name="pt")
     merged = [{"path": "../pt", "fingerprint": stage_fingerprint(read_stage(first))}]
     with pytest.raises(ValueError, match="other adapters merged into it.*python -m tools.merge_adapter"):
-        main([str(write_adapter(base, base_model={"merged": merged}))])
+        main(parse_args([str(write_adapter(base, base_model={"merged": merged}))]))
 
 
 def test_reward_models_are_refused_without_sending_anybody_to_the_merge_tool(base):
@@ -186,24 +186,35 @@ def test_reward_models_are_refused_without_sending_anybody_to_the_merge_tool(bas
     (reward / "stage.json").unlink()
     for directory in (reward, base):
         with pytest.raises(ValueError, match="is a reward model: it scores answers") as raised:
-            main([str(directory)])
+            main(parse_args([str(directory)]))
         assert "merge" not in str(raised.value)
 
 
 def test_directories_that_are_no_models_are_named(base, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such directory; name what a stage wrote"):
-        main([str(tmp_path / "nothing")])
+        main(parse_args([str(tmp_path / "nothing")]))
     with pytest.raises(ValueError, match="no weights in this directory"):
-        main([str(tmp_path)])
+        main(parse_args([str(tmp_path)]))
     sft = write_adapter(base)
     write(base / "model.safetensors", "other weights")
     with pytest.raises(ValueError, match="fingerprint differs"):
-        main([str(sft)])
+        main(parse_args([str(sft)]))
+    shutil.rmtree(base)
+    with pytest.raises(FileNotFoundError, match=f"^{sft} was trained on {base}, which is not there$"):
+        main(parse_args([str(sft)]))
 
 
 def test_a_line_break_in_an_argument_is_refused(base):
     with pytest.raises(ValueError, match="line break"):
-        main([str(write_adapter(base)), "--x", "a\nb"])
+        main(parse_args([str(write_adapter(base)), "--x", "a\nb"]))
+
+
+def test_debug_before_the_directory_shows_the_traceback(tmp_path):
+    command = [sys.executable, "-m", "tools.vllm_command"]
+    for words, shown in ((["nothing"], False), (["--debug", "nothing"], True), (["nothing", "--debug"], False)):
+        result = subprocess.run([*command, *words], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2 and ("Traceback" in result.stderr) == shown
+        assert result.stderr.splitlines()[-1].startswith("vllm_command: error: nothing: no such directory")
 
 
 # -- the script ------------------------------------------------------------------------------------------------------

@@ -18,14 +18,13 @@ import argparse
 import logging
 import math
 import os
-import re
 import time
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-from stagekit.commandline import Parser, add_switch, choose_gpus, run
+from stagekit.commandline import SHARD_SIZE, Parser, add_shard_flag, add_switch, check_flags, choose_gpus, run
 from template import get_template
 
 logger = logging.getLogger(__name__)
@@ -63,19 +62,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base_model", help="its base, where that is not where the adapter says")
     parser.add_argument("--output_dir", required=True, help="where the merged model goes")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as the base has them")
-    parser.add_argument("--max_shard_size", default="5GB", help="largest weight file, default 5GB")
+    add_shard_flag(parser)
     parser.add_argument("--tokenizer_path", help="tokenizer, if not the one saved with the adapter")
     parser.add_argument("--template_name", help="prompt template of template.py for a tokenizer that brings none")
     add_switch(parser, "--resize_emb", "add embedding rows when the tokenizer has more tokens than the base")
     add_switch(parser, "--overwrite_output_dir", "replace what --output_dir holds, once the merge has succeeded")
     add_switch(parser, "--only_cpu", "use no GPU; without it one GPU is used when its memory is large enough")
     parser.add_argument("--gpus", help='the GPU to use, such as "1"')
-    parser.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     args = parser.parse_args(argv)
-    if not re.fullmatch(r"\d+(\.\d+)? ?([KMGT]I?)?B", args.max_shard_size.upper()):
-        parser.error(f"--max_shard_size {args.max_shard_size!r} is no size such as 5GB or 500MB")
-    if args.only_cpu and args.gpus:
-        parser.error("--only_cpu and --gpus exclude each other; give one")
+    check_flags(args, parser, ())
     if args.template_name:
         try:
             get_template(args.template_name)
@@ -105,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
     exact = outputs(model, rows, "merged")
     with staged(args.output_dir) as directory:
         tensors, rounded = round_weights(model, plan.dtype)
-        save(model, directory, source, plan, tokenizer, chat, args.max_shard_size)
+        save(model, directory, source, plan, tokenizer, chat, args.max_shard_size or SHARD_SIZE)
         del model
         model = reload(directory, plan, tensors)
         merged = outputs(model, rows, "reloaded")
@@ -166,15 +161,12 @@ def find_chain(base_model: str | None, lora_model: str):
         ValueError: there is no adapter, or not on this base.
         FileNotFoundError: a directory that does not exist.
     """
-    from stagekit.checkpoint import resolve
+    from stagekit.checkpoint import check_base, resolve
 
     source = resolve(base_model, lora_model) if base_model else resolve(lora_model)
     if not source.adapter:
         raise ValueError(f"--lora_model {lora_model} holds no adapter: its weights stand alone already")
-    if not os.path.isdir(source.base) and source.base.startswith((".", "/")):
-        raise FileNotFoundError(
-            f"{source.adapter} was trained on {source.base}, which is not there; name its new place with --base_model"
-        )
+    check_base(source)
     return source
 
 

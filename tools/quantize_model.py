@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from stagekit.commandline import Parser, add_switch, choose_gpus, run
+from stagekit.commandline import SHARD_SIZE, Parser, add_shard_flag, add_switch, check_flags, choose_gpus, run
 
 logger = logging.getLogger(__name__)
 
@@ -62,18 +62,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--context_length", type=int, default=1024, help="window of the perplexity in tokens, default 1024"
     )
-    parser.add_argument("--max_shard_size", default="5GB", help="bitsandbytes: largest weight file, default 5GB")
+    add_shard_flag(parser, "bitsandbytes: ")
     add_switch(parser, "--overwrite_output_dir", "replace what --output_dir holds, once this has succeeded")
     add_switch(parser, "--only_cpu", "use no GPU")
     parser.add_argument("--gpus", help='the GPU to use, such as "1"')
-    parser.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     args = parser.parse_args(argv)
-    for name in ("max_texts", "context_length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} must be above 0")
-    if args.only_cpu and args.gpus:
-        parser.error("--only_cpu and --gpus exclude each other; give one")
-    foreign = ("bits",) if args.format == "gguf" else ("gguf_type", "llama_cpp")
+    check_flags(args, parser, ("max_texts", "context_length"))
+    foreign = ("bits", "max_shard_size") if args.format == "gguf" else ("gguf_type", "llama_cpp")
     for name in foreign:
         if getattr(args, name) is not None:
             parser.error(f"--{name} is not for --format {args.format}")
@@ -267,7 +262,7 @@ def quantize(source, config, tokenizer, directory, args, device) -> None:
         raise ValueError("--format bitsandbytes needs the package bitsandbytes: pip install bitsandbytes") from None
     flag = "load_in_4bit" if args.bits == 4 else "load_in_8bit"
     model = load(source, copy.deepcopy(config), device, dtype="auto", **{flag: True})
-    model.save_pretrained(directory, max_shard_size=args.max_shard_size)
+    model.save_pretrained(directory, max_shard_size=args.max_shard_size or SHARD_SIZE)
     tokenizer.save_pretrained(directory)
 
 

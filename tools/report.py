@@ -31,7 +31,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--language", choices=["zh", "en", "auto"], default="auto", help="shown first; default: the browser's language"
     )
     parser.add_argument("--questions", type=int, default=5, help="questions whose answers are shown, default 5")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks (also STAGEKIT_DEBUG=1)")
     args = parser.parse_args(argv)
     if args.questions < 0:
         parser.error(f"--questions {args.questions} must be 0 or more")

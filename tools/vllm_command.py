@@ -19,15 +19,15 @@ import os
 import sys
 from pathlib import Path
 
-from stagekit.checkpoint import ADAPTER, Source, resolve
+from stagekit.checkpoint import ADAPTER, Source, check_base, resolve
+from stagekit.commandline import Parser, run
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
-def parse_command_line(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="vllm_command", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line; --debug stands before the directory, for what follows that is vLLM's."""
+    parser = Parser("vllm_command", __doc__)
     parser.add_argument("directory", help="what a stage wrote, such as outputs/sft")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="more arguments for vLLM, as they are")
     return parser.parse_args(argv)
@@ -45,8 +45,7 @@ def command(directory: str) -> tuple[list[str], list[str]]:
     source = resolve(directory)
     path = Path(directory).resolve()
     base = str(Path(source.base).resolve()) if os.path.isdir(source.base) else source.base
-    if not os.path.isdir(base) and base.startswith((".", "/")):
-        raise FileNotFoundError(f"{directory} was trained on {base}, which is not there")
+    check_base(source, way_out="")
     config = read(Path(base, "config.json"))
     if source.adapter:
         arguments, notes = adapter_arguments(directory, path, base, source)
@@ -149,8 +148,8 @@ def stretched(source: Source) -> list[str]:
     return ["--hf-overrides", json.dumps({name: trained[name] for name in names})] if source.adapter and names else []
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_command_line(argv)
+def main(args: argparse.Namespace) -> None:
+    """Print the arguments, and the notes about them."""
     arguments, notes = command(args.directory)
     arguments += args.arguments
     if any("\n" in argument for argument in arguments):
@@ -161,8 +160,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as problem:
-        print(f"vllm_command: error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run(main, parse_args(), "vllm_command", "")
