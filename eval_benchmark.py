@@ -14,7 +14,7 @@ Writes  --output_dir   results.json with 95 % intervals, FILE.jsonl with every a
     python eval_benchmark.py --lora_model outputs/sft --data_file data/eval --output_dir outputs/sft/eval
 
 Answers are greedy. What cannot be read counts as wrong, and is counted. The same command continues after an
-interruption.
+interruption. Exit code 3: the files hold nothing for this kind of model.
 """
 
 import argparse
@@ -23,7 +23,6 @@ import json
 import logging
 import os
 import platform
-import sys
 import time
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -35,9 +34,12 @@ from stagekit.commandline import (
     check_flags,
     check_model_is_named,
     choose_gpus,
+    command_line,
     loading_options,
+    make_directory,
     run,
 )
+from stagekit.report_text import KINDS
 from template import get_template
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ MAX_WINDOW = 4096  # tokens of running text read at once where nobody says other
 # Flags that decide what is found; with files, models and template they are the header of the journal.
 SETTINGS = (
     *("task", "first_option", "on_bad_row", "max_samples", "seed", "system_prompt", "num_shots", "max_new_tokens"),
-    *("max_length", "stride", "load_in_4bit", "load_in_8bit"),
+    *("max_length", "stride", "tokenizer_path", "resize_emb", "load_in_4bit", "load_in_8bit", "only_cpu"),
 )
 LABELS = {
     "accuracy_loglikelihood": "accuracy by log-likelihood",
@@ -67,8 +69,12 @@ LABELS = {
     "repetition": "4-grams repeated",
     "reward": "reward",
 }
-SHARES = {"accuracy_loglikelihood", "accuracy_generation", "accuracy", "unparsed", "pair_accuracy", "safe"}
-SHARES |= {"stop_rate", "repetition"}  # shown in percent
+
+
+class NothingToMeasure(ValueError):
+    """None of the files is for this kind of model; scripts/run_pipeline.sh goes on with the next one."""
+
+    exit_code = 3
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -148,13 +154,15 @@ def main(args: argparse.Namespace) -> None:
 
     draw = {"max_samples": args.max_samples, "seed": args.seed, "system_prompt": args.system_prompt}
     benchmarks = read_benchmarks(args.data_file, args.task, args.first_option, args.on_bad_row, **draw)
-    shots = read_shots(args, benchmarks)
+    shots, shot_files = read_shots(args, benchmarks)
+    files = [*benchmarks, *shot_files]
     scorer = find_scorer(args)
     source = scorer or find_source(args.base_model, args.lora_model)
     reward = find_reward_model(args.reward_model, flag="--reward_model") if args.reward_model else None
     benchmarks, skipped = choose_benchmarks(benchmarks, bool(scorer))
+    check_outputs(args, files, benchmarks)
     output_dir = make_directory(args.output_dir, "--output_dir")
-    write_rejected([row for benchmark in benchmarks for row in benchmark.rejected], output_dir)
+    write_rejected([row for file in files for row in file.rejected], output_dir)
     if scorer:
         journal, settings = ask_reward_model(args, source, benchmarks, output_dir)
     else:
@@ -164,9 +172,9 @@ def main(args: argparse.Namespace) -> None:
     results = {
         "format": 1,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line("python eval_benchmark.py"),
         "model": describe_model(args, source),
-        "settings": settings,
+        "settings": {"data_file": args.data_file, **settings},
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "peft")},
@@ -184,8 +192,11 @@ def main(args: argparse.Namespace) -> None:
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def read_shots(args: argparse.Namespace, benchmarks: list) -> list:
+def read_shots(args: argparse.Namespace, benchmarks: list) -> tuple[list, list]:
     """Read the solved questions of --shots_file, without those that are measured.
+
+    Returns:
+        (questions, the files they come from, read as benchmarks).
 
     Raises:
         ValueError: fewer than --num_shots are left.
@@ -193,7 +204,7 @@ def read_shots(args: argparse.Namespace, benchmarks: list) -> list:
     from stagekit.benchmarks import read_benchmarks
 
     if not args.num_shots:
-        return []
+        return [], []
     measured = {number for benchmark in benchmarks for item in benchmark.items for number in item.hashes}
     files = read_benchmarks(args.shots_file, "choice", args.first_option, args.on_bad_row)
     items = [item for file in files for item in file.items]
@@ -203,7 +214,7 @@ def read_shots(args: argparse.Namespace, benchmarks: list) -> list:
             f"--shots_file {args.shots_file} has {len(items)} questions, of which {len(items) - len(shots)} are "
             f"measured: not enough for --num_shots {args.num_shots}"
         )
-    return shots
+    return shots, files
 
 
 def find_scorer(args: argparse.Namespace):
@@ -239,7 +250,7 @@ def choose_benchmarks(benchmarks: list, scores: bool) -> tuple[list, dict[str, s
         (benchmarks, skipped): a reason for every file that is skipped, by its name.
 
     Raises:
-        ValueError: nothing is left.
+        NothingToMeasure: nothing is left.
     """
     able = [benchmark for benchmark in benchmarks if (benchmark.task == "pairs") == scores]
     why = (
@@ -249,17 +260,36 @@ def choose_benchmarks(benchmarks: list, scores: bool) -> tuple[list, dict[str, s
     )
     skipped = {benchmark.name: why for benchmark in benchmarks if benchmark not in able}
     if not able:
-        raise ValueError(f"{benchmarks[0].path}: nothing to measure; {why}")
+        raise NothingToMeasure(f"{benchmarks[0].path}: nothing to measure; {why}")
     return able, skipped
 
 
-def make_directory(name: str, flag: str) -> Path:
-    """Make a directory that a flag names."""
-    path = Path(name)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{flag} {name} is no directory")
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+def check_outputs(args: argparse.Namespace, files: list, benchmarks: list) -> None:
+    """Look, before any model is loaded, whether what will be written can be, and replaces nothing of the user's.
+
+    Args:
+        args: all of the flags.
+        files: everything that was read.
+        benchmarks: what will be measured of it.
+
+    Raises:
+        ValueError: an output would replace a file that is read, or a foreign README.md; nothing can be exported, or
+            not there.
+    """
+    from stagekit.data import REJECTED_ROWS
+    from stagekit.lm_eval_export import TITLE
+
+    read, answers = {file.path.resolve() for file in files}, (f"{benchmark.name}.jsonl" for benchmark in benchmarks)
+    for name in ("results.json", "results.journal", REJECTED_ROWS, *answers):
+        path = Path(args.output_dir, name)
+        if path.resolve() in read:
+            raise ValueError(f"--output_dir {args.output_dir} would replace {path}, which is read; name another")
+    if args.export_lm_eval:
+        if not any(benchmark.task in ("choice", "text") for benchmark in benchmarks):
+            raise ValueError("--export_lm_eval: there are no choice or text tasks among the files")
+        readme = make_directory(args.export_lm_eval, "--export_lm_eval") / "README.md"
+        if readme.is_file() and not readme.read_bytes().startswith(TITLE.encode()):
+            raise ValueError(f"--export_lm_eval {args.export_lm_eval} would replace {readme}; name another directory")
 
 
 # -- asking ----------------------------------------------------------------------------------------------------------
@@ -330,6 +360,7 @@ def ask_policy(
         "repetition_penalty": settings.repetition_penalty,
         **{name: getattr(args, name) for name in ("system_prompt", "num_shots", "shots_file", "max_samples", "seed")},
         **{name: getattr(args, name) for name in ("batch_size", "reward_model", "load_in_4bit", "load_in_8bit")},
+        "reward_fingerprints": models.get("reward"),
         **{"max_length": window, "stride": stride, "template": chat.name},
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
     }
@@ -384,8 +415,6 @@ def export(args: argparse.Namespace, loaded, benchmarks: list, asked: dict[str, 
                 if prompt is not None
             ]
             exported.append(export_choices(directory, benchmark.name, loaded.chat, items))
-    if not exported:
-        raise ValueError("--export_lm_eval: there are no choice or text tasks among the files")
     tokenizer = args.tokenizer_path or loaded.source.tokenizer or loaded.source.base
     write_readme(directory, exported, loaded, tokenizer)
     logger.info("%s: %d tasks for lm-evaluation-harness, README.md says how to run it", directory, len(exported))
@@ -465,7 +494,7 @@ def report(results: dict, output_dir: Path) -> None:
 
 def show_metric(name: str, found: dict) -> tuple[str, str, str]:
     """(value, interval, n) as the table shows them."""
-    unit = 100 if name in SHARES else 1
+    unit = 100 if KINDS[name] == "share" else 1
     numbers = [
         f"{unit * found[key]:.1f}" if unit == 100 else f"{found[key]:.4g}"
         for key in ("value", "low", "high")

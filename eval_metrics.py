@@ -41,6 +41,7 @@ import signal
 import sys
 import traceback
 import unicodedata
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -58,6 +59,7 @@ SMOOTHINGS = ("none", "method1", "method2", "method3", "exp")
 ROUGE_NGRAMS = ("set", "count")
 PREDICTION_KEYS = ("prediction", "predict")  # inference.py's, and LLaMA-Factory's
 REFERENCE_KEYS = ("reference", "label")
+MAX_CHECKED = 250_000  # characters of a prediction times those of its reference: rouge-chinese has a cell for each
 CHUNK_SIZE = 256  # pairs that a process counts at once: enough to outweigh sending them there
 NAMED_ROWS = 10
 
@@ -117,7 +119,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     how.add_argument("--bootstrap", type=int, default=1000, help="resamples for the intervals, default 1000; 0: none")
     how.add_argument("--seed", type=int, default=42, help="of the resamples, default 42")
-    how.add_argument("--check", type=int, default=20, help="pairs that nltk and rouge-chinese score too, default 20")
+    how.add_argument(
+        "--check", type=int, default=20, help="short pairs that nltk and rouge-chinese score too, default 20"
+    )
     how.add_argument("--num_workers", type=int, default=num_cores, help="processes, default: one a core")
     out = parser.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
@@ -226,11 +230,14 @@ def read_records(path: str) -> Iterator[tuple[str, dict | str]]:
 
 
 def _decoded(path, file):
-    for line, raw in enumerate(file, 1):
-        try:
+    line = 0
+    try:
+        for line, raw in enumerate(file, 1):
             yield raw.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{line}: not UTF-8 ({error.reason})") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}:{line + 1}: damaged gzip file ({error})") from None
 
 
 def _parsed(text, origin):
@@ -744,11 +751,11 @@ class Measured:
         counted: the pairs, in each way.
         reference_hashes: one a row, to tell whether two files belong together.
         worst: (ROUGE-L, row), lowest first.
-        probes: (random number, row) for check_against_libraries.
+        probes: (random number, row) for check_against_libraries, drawn among pairs up to MAX_CHECKED.
     """
 
     def __init__(self, path: str, ways: list[Settings], args: argparse.Namespace):
-        self.summary = {"file": path, "num_rows": 0, "num_pairs": 0}
+        self.summary = {"file": path, "num_rows": 0, "num_pairs": 0, "pairs_too_long_to_check": 0}
         self.summary |= {kind: {"count": 0, "first": []} for kind in NOTED}
         self.summary |= {"finish_reasons": Counter(), "bootstrap": {"resamples": args.bootstrap, "seed": args.seed}}
         self.counted = [Counted(way) for way in ways]
@@ -787,7 +794,9 @@ def measure_file(path: str, references: str | None, ways: list[Settings], args: 
             scored = [row for row in chunk if row.reference is not None]
             rouge_l = own[0][:, ways[0].own_metrics().index("rouge-l" if args.compatible else "rougeL")]
             measured.worst = _lowest(args.worst, measured.worst, rouge_l, scored)
-            measured.probes = _lowest(args.check, measured.probes, rng.random(len(scored)), scored)
+            short = [row for row in scored if len(row.prediction) * len(row.reference) <= MAX_CHECKED]
+            measured.probes = _lowest(args.check, measured.probes, rng.random(len(short)), short)
+            measured.summary["pairs_too_long_to_check"] += len(scored) - len(short) if args.check else 0
             if output:
                 output.writelines(_sample_lines(chunk, own, ways))
     if not measured.summary["num_pairs"]:
@@ -915,8 +924,12 @@ def report_text(found: dict) -> str:
     lines, bootstrap = description_text(found), found["bootstrap"]
     if bootstrap["resamples"]:
         lines.append(f"  intervals: 95 % of {bootstrap['resamples']:,} bootstrap resamples, seed {bootstrap['seed']}")
-    if checked := found["pairs_checked_with_nltk_and_rouge_chinese"]:
-        lines.append(f"  checked: {checked} pairs scored by nltk and rouge-chinese as well, with equal results")
+    checked, long = found["pairs_checked_with_nltk_and_rouge_chinese"], found["pairs_too_long_to_check"]
+    if checked or long:
+        left_out = f"; {long:,} are too long for that" if long else ""
+        lines.append(
+            f"  checked: {checked} pairs scored by nltk and rouge-chinese as well, with equal results{left_out}"
+        )
     lines += ["", f"{'score':>8}  {'95 % interval':^17}  signature"]
     for entry, digits in _entries(found):
         interval = "" if entry["low"] is None else f"{entry['low']:.{digits}f} – {entry['high']:.{digits}f}"

@@ -37,6 +37,7 @@ from stagekit.commandline import (
     check_flags,
     choose_gpus,
     loading_options,
+    make_directory,
     run,
 )
 from template import get_template
@@ -255,10 +256,7 @@ def prepare_output_dir(output_dir: str, rejected: list[dict]) -> Path:
     """Make the directory, and note there which rows were left out."""
     from stagekit.data import write_rejected
 
-    path = Path(output_dir)
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is no directory")
-    path.mkdir(parents=True, exist_ok=True)
+    path = make_directory(output_dir, "--output_dir")
     write_rejected(rejected, path)
     return path
 

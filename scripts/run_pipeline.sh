@@ -6,29 +6,47 @@
 # The same command goes on at the first step that is not finished. Arguments go to every training. Read beside what
 # scripts/env.sh lists, all optional:
 #   STAGES     which of them (pt sft rm ppo dpo orpo grpo)
-#   EVAL_DATA  files or directories to measure on (data/eval)
+#   EVAL_DATA  files or directories to measure on (data/eval); others, or changed ones, are measured anew
 #   EVALUATE   0 measures nothing
 set -eu
 cd "$(dirname "$0")/.."
 . scripts/env.sh
 
-# measure DIRECTORY MODEL_FLAGS: answer, score and judge the held-out data, unless that is done.
-measure() {
-    [ "${EVALUATE:-1}" != 0 ] && [ ! -f "$1/results.json" ] || return 0
-    say "pipeline: measuring for $1"
-    results=$1
-    shift
-    run "$PYTHON" eval_benchmark.py \
-        "$@" \
-        --data_file "${EVAL_DATA:-data/eval}" \
-        --output_dir "$results" \
-        --max_new_tokens "$(by_scale 96 512)" \
-        --batch_size "$(by_scale 32 8)"
+# is_measured RESULTS: whether that file holds what was found on the held-out data, as these are now.
+is_measured() {
+    [ -f "$1" ] && "$PYTHON" -c '
+import hashlib, json, sys
+
+try:
+    with open(sys.argv[1], encoding="utf-8") as stream:
+        results = json.load(stream)
+    for task in results["tasks"].values():
+        with open(task["data_file"], "rb") as stream:
+            if hashlib.sha256(stream.read()).hexdigest() != task["sha256"]:
+                sys.exit(1)
+    sys.exit(results["settings"]["data_file"] != sys.argv[2])
+except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    sys.exit(1)
+' "$1" "${EVAL_DATA:-data/eval}"
 }
 
-# reward_model: print the flag that has answers scored, if there is a reward model.
-reward_model() {
-    [ ! -f "$OUTPUT_ROOT/rm/stage.json" ] && [ "${DRY_RUN:-}" != 1 ] || echo --reward_model "$OUTPUT_ROOT/rm"
+# measure MODEL DIRECTORY [REWARD_MODEL]: answer, score and judge the held-out data, unless that is done.
+measure() {
+    [ "${EVALUATE:-1}" != 0 ] && ! is_measured "$2/results.json" || return 0
+    say "pipeline: measuring for $2"
+    status=0
+    run "$PYTHON" eval_benchmark.py \
+        --base_model "$1" \
+        --data_file "${EVAL_DATA:-data/eval}" \
+        --output_dir "$2" \
+        --max_new_tokens "$(by_scale 96 512)" \
+        --batch_size "$(by_scale 32 8)" \
+        ${3:+--reward_model "$3"} || status=$?
+    case $status in
+        0) ;;
+        3) say "pipeline: EVAL_DATA holds nothing for this kind of model; $2 stays as it is" ;;
+        *) exit "$status" ;;
+    esac
 }
 
 : "${STAGES:=pt sft rm ppo dpo orpo grpo}"
@@ -55,15 +73,17 @@ for stage in $STAGES; do
     esac
     sh "scripts/run_$stage.sh" $(go_on "$directory") $limit "$@"
 done
+reward=$OUTPUT_ROOT/rm
+[ -f "$reward/stage.json" ] || [ "${DRY_RUN:-}" = 1 ] || reward=
 for stage in $STAGES; do
     directory=$OUTPUT_ROOT/$stage
     case $stage in
-        rm) measure "$directory/eval" --lora_model "$directory" ;;
-        *) measure "$directory/eval" --lora_model "$directory" $(reward_model) ;;
+        rm) measure "$directory" "$directory/eval" ;;
+        *) measure "$directory" "$directory/eval" "$reward" ;;
     esac
 done
 case $base in
-    "$OUTPUT_ROOT"/*) measure "$base/eval" --base_model "$base" $(reward_model) ;;
-    *) measure "$OUTPUT_ROOT/base/eval" --base_model "$base" $(reward_model) ;;
+    "$OUTPUT_ROOT"/*) measure "$base" "$base/eval" "$reward" ;;
+    *) measure "$base" "$OUTPUT_ROOT/base/eval" "$reward" ;;
 esac
 run "$PYTHON" -m tools.report "$OUTPUT_ROOT"

@@ -302,9 +302,9 @@ class AnswerArguments:
     eval_generation_samples: int = field(
         default=0,
         metadata={
-            "help": "Held-out questions answered at every evaluation: eval_bleu4, eval_rouge_l, eval_accuracy (where "
-            "a reference is letters, yes or no, or a number), eval_stop_rate, eval_answer_tokens, and three answers "
-            "in the log. --metric_for_best_model eval_rouge_l chooses a checkpoint by them."
+            "help": "Held-out questions answered at every evaluation: eval_bleu4, eval_rouge_l, eval_answer_accuracy "
+            "(where a reference is letters, yes or no, or a number), eval_stop_rate, eval_answer_tokens, and three "
+            "answers in the log. --metric_for_best_model eval_rouge_l chooses a checkpoint by them."
         },
     )
     eval_max_new_tokens: int = field(default=256, metadata={"help": "Longest such answer in tokens."})

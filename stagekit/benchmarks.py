@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -99,9 +100,11 @@ def read_benchmarks(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: rows that cannot be read, the first ten by file and line; files of one name.
+        ValueError: no file is named; rows that cannot be read, the first ten by file and line; files of one name.
     """
     paths = find_files(data_file, SUFFIXES)
+    if not paths:
+        raise ValueError(f"{data_file!r} names no file and no directory")
     names = unique_names(paths)
     found = [read_benchmark(path, name, task, first, system_prompt) for path, name in zip(paths, names, strict=True)]
     rejected = [row for benchmark in found for row in benchmark.rejected]
@@ -225,6 +228,7 @@ def read_item(
     """
     if task in ("choice", "safety"):
         found = to_choice(record, first, subject) if task == "choice" else read_safety(record)
+        to_canonical(json.dumps(vars(found), ensure_ascii=False))  # refuses half characters, as in any other record
         group = found.subject if task == "choice" else found.kind
         asked = question_text(found) if task == "choice" else found.question
         hashes = tuple({prompt_hash(Text(text)) for text in (asked, found.question)})
@@ -247,8 +251,10 @@ def _messages(messages, system_prompt):
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
-def read_safety(record: dict) -> Safety:
+def read_safety(record: object) -> Safety:
     """Read {"question", "kind", "must": [[phrase, …], …], "must_not": [phrase, …]}."""
+    if not isinstance(record, dict):
+        raise RowError(f"expected {TASKS['safety']}, got {type(record).__name__}")
     question, kind = record.get("question"), record.get("kind", "any")
     if not isinstance(question, str) or not question.strip() or not isinstance(kind, str):
         raise RowError("'question' and 'kind' must be strings, and the question not empty")

@@ -101,8 +101,8 @@ def to_choice(record: dict, first: int | None = None, subject: str | None = None
         if answer not in WORDS:
             raise RowError(f"final_decision {fields['final_decision']!r} is none of {', '.join(WORDS)}")
         return Choice(question, {word: word for word in WORDS}, answer, False, named, language)
-    options = _options(fields)
-    answer = _answer(fields, options, first)
+    options, labels = _options(fields)
+    answer = _answer(fields, options, labels, first)
     several = len(answer) > 1 or "多" in str(fields.get("question_type") or "")
     if several and len(options) > MAX_SEVERAL:
         raise RowError(f"{len(options)} options with several right ones; {MAX_SEVERAL} are the most")
@@ -122,8 +122,8 @@ def _question(fields):
         raise RowError("the question is empty or not a string")
     context = fields.get("context", fields.get("contexts"))
     context = context.get("contexts") if isinstance(context, dict) else context
-    paragraphs = [context] if isinstance(context, str) else list(context or [])
-    if not all(isinstance(paragraph, str) for paragraph in paragraphs):
+    paragraphs = [context] if isinstance(context, str) else [] if context is None else context
+    if not isinstance(paragraphs, list) or not all(isinstance(paragraph, str) for paragraph in paragraphs):
         raise RowError("the context must be a string or a list of strings")
     return "\n".join([*(paragraph.strip() for paragraph in paragraphs if paragraph.strip()), question.strip()])
 
@@ -133,10 +133,14 @@ def _language(text):
 
 
 def _options(fields):
-    """Options by letter; empty ones, which fill up a fixed number of columns, are left out."""
+    """(options by letter, letters by the names that the record has for them).
+
+    Empty options, which fill up a fixed number of columns, are left out.
+    """
+    labels = None
     found = next((fields[key] for key in ("options", "option", "choices") if fields.get(key) is not None), None)
     if isinstance(found, dict) and isinstance(found.get("text"), list):  # ARC's {"text": […], "label": […]}
-        found = found["text"]
+        labels, found = found.get("label"), found["text"]
     if isinstance(found, str):
         found = _split_options(found)
     elif isinstance(found, list) and all(isinstance(item, dict) for item in found):
@@ -151,7 +155,9 @@ def _options(fields):
     options = {key: str(value).strip() for key, value in found.items() if value is not None and str(value).strip()}
     if len(options) < 2 or not all(len(key) == 1 and key in LETTERS for key in options):
         raise RowError(f"expected two or more options named A to {LETTERS[-1]}, got {sorted(options) or 'none'}")
-    return dict(sorted(options.items()))
+    named = labels if isinstance(labels, list) else LETTERS
+    labels = {str(name).strip(): letter for name, letter in zip(named, LETTERS, strict=False) if letter in options}
+    return dict(sorted(options.items())), labels
 
 
 def _columns(fields):
@@ -188,30 +194,37 @@ def _number(value):
     return int(float(value))
 
 
-def _answer(fields, options, first):
+def _answer(fields, options, labels, first):
     key = next((key for key in ANSWER_KEYS if fields.get(key) not in (None, "", [])), None)
     if key is None:
         raise RowError(f"no key: none of the fields {', '.join(ANSWER_KEYS)} is filled (a test set without answers?)")
-    value = fields[key]
-    if isinstance(value, list):
-        value = "".join(map(str, value))
-    number = _number(value)
-    if number is not None:
-        if key == "cop" and first is None:
-            raise RowError(
-                "cop: 0 stands for option A on the hub and 1 in MedMCQA's original files, and the numbers of this "
-                "file allow both; say which with --first_option 0 or 1"
-            )
-        place = number - (first or 0 if key == "cop" else 0)
-        if not 0 <= place < len(options):
-            raise RowError(f"{key} {value!r} names none of the {len(options)} options")
-        return list(options)[place]
-    letters = reference_letters(plain(str(value)).strip(), {name: plain(text) for name, text in options.items()})
-    if not letters and re.fullmatch("[a-k]", str(value).strip()):
-        letters = frozenset(str(value).strip().upper()) & options.keys()
-    if not letters:
+    counts = key == "cop" or "ending0" in fields  # there a number is a place, also where it is written as text
+    items = fields[key] if isinstance(fields[key], list) else [fields[key]]
+    return "".join(sorted(frozenset().union(*(_letters(key, item, options, labels, counts, first) for item in items))))
+
+
+def _letters(key, value, options, labels, counts, first):
+    """The letters that a key stands for: by the name of an option, by its text, or by its place."""
+    text, number = plain(str(value)).strip(), _number(value)
+    if text in labels:
+        return frozenset(labels[text])
+    if number is None or (isinstance(value, str) and not counts):
+        letters = reference_letters(text, {name: plain(text) for name, text in options.items()})
+        if not letters and re.fullmatch("[a-k]", text):
+            letters = frozenset(text.upper()) & options.keys()
+        if letters:
+            return letters
+    if number is None:
         raise RowError(f"{key} {value!r} names none of the options {', '.join(options)}")
-    return "".join(sorted(letters))
+    if key == "cop" and first is None:
+        raise RowError(
+            "cop: 0 stands for option A on the hub and 1 in MedMCQA's original files, and the numbers of this "
+            "file allow both; say which with --first_option 0 or 1"
+        )
+    place = number - (first if key == "cop" else 0)
+    if not 0 <= place < len(LETTERS) or LETTERS[place] not in options:
+        raise RowError(f"{key} {value!r} names none of the {len(options)} options")
+    return frozenset(LETTERS[place])
 
 
 # -- questions and answers -------------------------------------------------------------------------------------------

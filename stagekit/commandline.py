@@ -10,9 +10,11 @@ import ipaddress
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 SHARD_SIZE = "5GB"
@@ -217,8 +219,29 @@ def converse(greeting: str, answer: Callable[[str, Callable, bool], None], forge
             say("\n(`exit` or Ctrl-D leaves)")
 
 
+def make_directory(name: str, flag: str) -> Path:
+    """Make a directory that a flag names.
+
+    Raises:
+        ValueError: there is something else of that name.
+    """
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{flag} {name} is no directory")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def command_line(program: str) -> str:
+    """What was typed, as a shell takes it again; `program` is its beginning, such as "python -m tools.report"."""
+    return shlex.join([*program.split(), *sys.argv[1:]])
+
+
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, prog: str, if_interrupted: str) -> None:
-    """Run a program's main(): what a user can mend is one line and exit code 2; --debug shows the traceback."""
+    """Run a program's main(): what a user can mend is one line and an exit code; --debug shows the traceback.
+
+    The code is 2, or what an error has as `exit_code`.
+    """
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     for name in ("stagekit", "__main__"):
         logging.getLogger(name).setLevel(logging.INFO)
@@ -228,7 +251,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, pr
         if args.debug or os.environ.get("STAGEKIT_DEBUG"):
             traceback.print_exc()
         print(f"{prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         print(f"interrupted{if_interrupted}", file=sys.stderr)
         sys.exit(130)

@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -24,6 +23,7 @@ from stagekit.checkpoint import (
     stage_fingerprint,
     write_stage,
 )
+from stagekit.commandline import command_line
 from stagekit.data import SEEN_PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def export_record(
         "format": 1,
         "stage": kind,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([program, *sys.argv[1:]]),
+        "command": command_line(program),
         "seed": (stage or {}).get("seed"),
         "base_model": base,
         "parent": parent,

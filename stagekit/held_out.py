@@ -15,7 +15,7 @@ from stagekit.tokenization import Chat
 logger = logging.getLogger(__name__)
 
 MAX_QUESTIONS = 500
-METRICS = ("bleu4", "rouge_l", "accuracy", "stop_rate", "answer_tokens")
+METRICS = ("bleu4", "rouge_l", "answer_accuracy", "stop_rate", "answer_tokens")
 NUM_SHOWN = 3
 
 
@@ -75,7 +75,7 @@ def measure_answers(trainer, questions: list[dict], max_new_tokens: int) -> dict
     checkable = [place for place, item in enumerate(questions) if is_checkable(item["reference"], item["question"])]
     if checkable:
         judged = (judge_accuracy(texts[at], references[at], questions[at]["question"]).score for at in checkable)
-        found["accuracy"] = sum(score == 1 for score in judged) / len(checkable)  # a number needs its unit
+        found["answer_accuracy"] = sum(score == 1 for score in judged) / len(checkable)  # a number needs its unit
     found["stop_rate"] = sum(answer.finish_reason == "stop" for answer in answers) / len(answers)
     found["answer_tokens"] = sum(answer.num_tokens for answer in answers) / len(answers)
     if trainer.is_world_process_zero():
@@ -86,7 +86,7 @@ def measure_answers(trainer, questions: list[dict], max_new_tokens: int) -> dict
 
 def describe_answers(metrics: dict[str, float]) -> str:
     """The METRICS among a run's, in a line."""
-    accuracy = f", accuracy {metrics['accuracy']:.3f}" if "accuracy" in metrics else ""
+    accuracy = f", accuracy {metrics['answer_accuracy']:.3f}" if "answer_accuracy" in metrics else ""
     return (
         f"answers: BLEU-4 {metrics['bleu4']:.2f}, ROUGE-L {metrics['rouge_l']:.2f}{accuracy}, "
         f"{metrics['stop_rate']:.0%} end by themselves, {metrics['answer_tokens']:.0f} tokens"

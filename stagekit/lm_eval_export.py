@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from stagekit.generation import LoadedModel
+from stagekit.generation import LoadedModel, model_arguments
 from stagekit.journal import write_lines, write_whole
 from stagekit.likelihood import text_windows
 from stagekit.tokenization import Chat
@@ -34,6 +34,7 @@ metric_list:
 metadata:
   version: 1
 """
+TITLE = "# Tasks for lm-evaluation-harness"
 TEXT = """task: {task}
 dataset_path: json
 dataset_kwargs:
@@ -143,7 +144,7 @@ def write_readme(directory: Path, exported: list[Exported], loaded: LoadedModel,
         command(loaded, tokenizer, [item.task for item in exported if item.max_length == max_length], max_length)
         for max_length in dict.fromkeys(item.max_length for item in exported)
     )
-    text = f"""# Tasks for lm-evaluation-harness
+    text = f"""{TITLE}
 
 {tasks}
 
@@ -179,9 +180,11 @@ def why_merge(loaded: LoadedModel) -> str:
 
 def command(loaded: LoadedModel, tokenizer: str, tasks: list[str], max_length: int | None) -> str:
     """The harness' command line for some tasks."""
-    source = loaded.source
-    arguments = {"pretrained": "MERGED_MODEL" if why_merge(loaded) else _absolute(source.base)}
-    arguments |= {"peft": _absolute(source.adapter)} if source.adapter and not why_merge(loaded) else {}
+    source, merged = loaded.source, bool(why_merge(loaded))
+    arguments = {"pretrained": "MERGED_MODEL" if merged else _absolute(source.base)}
+    revision = model_arguments(source).model_revision
+    arguments |= {"revision": revision} if revision and not merged else {}
+    arguments |= {"peft": _absolute(source.adapter)} if source.adapter and not merged else {}
     arguments |= {"tokenizer": _absolute(tokenizer), "dtype": str(loaded.model.dtype).removeprefix("torch.")}
     arguments |= {"add_bos_token": "False", **({"max_length": str(max_length)} if max_length else {})}
     for name in ("load_in_4bit", "load_in_8bit"):

@@ -153,7 +153,15 @@ def _score(reward, items, journal, batch_size, name):
             found[place][number] = None if score is None else _numbers([score])[0]
         return [{"scores": scores} for scores in found]
 
-    _run(waiting, lambda item: 0, work, journal, batch_size, f"{name}: scores")
+    def size(item):
+        prompt, answers, _ = item
+        return _num_chars(prompt) + max(map(_num_chars, answers))
+
+    _run(waiting, size, work, journal, batch_size, f"{name}: scores")
+
+
+def _num_chars(messages):
+    return sum(len(message["content"]) for message in messages)
 
 
 def _run(

@@ -1,14 +1,13 @@
-"""What eval_benchmark.py measured: of which stage, with the intervals its rows support, and what all were asked."""
+"""What eval_benchmark.py measured: of which stage, and what all were asked."""
 
+import itertools
 import json
-import math
 import re
 from pathlib import Path
 
 from stagekit.report_reading import number, part, read_object, read_rows, text
 
 CHINESE = re.compile("[\u3400-\u9fff]")
-MIN_ROWS = 10  # for an interval from rows
 
 
 def read_evaluation(path: Path) -> dict | None:
@@ -17,7 +16,7 @@ def read_evaluation(path: Path) -> dict | None:
     Raises:
         ValueError: one of the files is damaged.
     """
-    results = read_object(path / "results.json", True)
+    results = read_object(path / "results.json", True, "tasks")
     if not isinstance(results.get("tasks"), dict):
         return None
     fingerprints = part(results, "model").get("fingerprints")
@@ -33,55 +32,21 @@ def read_evaluation(path: Path) -> dict | None:
     }
     for name, task in results["tasks"].items():
         if isinstance(task, dict):
-            rows = read_rows(path / f"{name}.jsonl") if task.get("task") in ("text", "questions") else []
-            metrics = {key: part(task["metrics"], key) for key in part(task, "metrics")}
+            metrics = {key: _metric(part(task["metrics"], key)) for key in part(task, "metrics")}
             found["tasks"][name] = {
                 **{key: text(task.get(key)) for key in ("task", "data_file", "sha256")},
                 **{key: number(task.get(key)) for key in ("num", "seen_in_training")},
-                "metrics": add_intervals(metrics, rows),
+                "metrics": metrics,
                 **{key: part(task, key) for key in ("by_subject", "by_kind")},
             }
-            found["rows"][name] = rows if task.get("task") == "questions" else []
+            found["rows"][name] = read_rows(path / f"{name}.jsonl") if task.get("task") == "questions" else []
     return found
 
 
-def add_intervals(metrics: dict[str, dict], rows: list[dict]) -> dict[str, dict]:
-    """Give means and perplexities that came without an interval the one that their rows support.
-
-    The normal approximation, 1.96 standard errors, over at least MIN_ROWS rows. A perplexity is exp(nats / units), a
-    ratio of two sums over texts; its standard error is Cochran's for ratios (Sampling Techniques, 1977, eq. 6.13).
-
-    Args:
-        metrics: {name: {"value", "n", maybe "low", "high"}}.
-        rows: of the file that eval_benchmark.py wrote beside the results.
-    """
-    columns = {"answer_tokens": ("new_tokens", None), "reward": ("reward", None)}
-    columns |= {"perplexity": ("nll", "tokens"), "perplexity_per_byte": ("nll", "bytes")}
-    found = {}
-    for name, metric in metrics.items():
-        found[name] = {
-            key: metric[key] for key in ("value", "low", "high", "n") if number(metric.get(key)) is not None
-        }
-        found[name] |= {"signature": metric["signature"]} if text(metric.get("signature")) else {}
-        top, bottom = columns.get(name, (None, None))
-        pairs = [(number(row.get(top)), number(row.get(bottom)) if bottom else 1) for row in rows if top]
-        pairs = [pair for pair in pairs if None not in pair]
-        if "low" not in found[name] and len(pairs) >= MIN_ROWS and sum(units for _, units in pairs) > 0:
-            centre, half = ratio_interval(pairs)
-            if bottom:
-                bounds = math.exp(min(700, centre - half)), math.exp(min(700, centre + half))
-            else:
-                bounds = centre - half, centre + half
-            found[name] |= {"low": bounds[0], "high": bounds[1], "from_rows": len(pairs)}
-    return found
-
-
-def ratio_interval(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-    """(sum of the first / sum of the second, 1.96 standard errors of it)."""
-    count, units = len(pairs), sum(pair[1] for pair in pairs)
-    ratio = sum(pair[0] for pair in pairs) / units
-    squares = sum((top - ratio * bottom) ** 2 for top, bottom in pairs)
-    return ratio, 1.96 * math.sqrt(count / (count - 1) * squares) / units
+def _metric(found):
+    """What a report needs of a metric, as far as it is there."""
+    numbers = {key: found[key] for key in ("value", "low", "high", "n") if number(found.get(key)) is not None}
+    return {**numbers, **({"signature": found["signature"]} if text(found.get("signature")) else {})}
 
 
 def attach_evaluations(stages: list[dict], records: dict[Path, dict], directories: list[Path]) -> list[dict]:
@@ -146,10 +111,9 @@ def _question(row, asked, messages):
 
 
 def _answer(row):
-    reward = row.get("reward") if number(row.get("reward")) is not None else row.get("score")
     return {
         **{"text": row["prediction"], "finish_reason": text(row.get("finish_reason"))},
-        **{"new_tokens": number(row.get("new_tokens")), "reward": number(reward)},
+        **{key: number(row.get(key)) for key in ("new_tokens", "reward")},
     }
 
 
@@ -163,9 +127,4 @@ def _spread(questions, count):
         [rows[place * len(rows) // number] for place in range(number)]
         for rows, number in zip(parts, wanted, strict=True)
     ]
-    return [row for pair in _zip_longest(*picked) for row in pair]
-
-
-def _zip_longest(first, second):
-    for place in range(max(len(first), len(second))):
-        yield [rows[place] for rows in (first, second) if place < len(rows)]
+    return [row for pair in itertools.zip_longest(*picked) for row in pair if row]

@@ -6,32 +6,26 @@ settings. That is stricter than a test at 5 %; what overlaps is not shown to dif
 
 from collections.abc import Callable
 
+from stagekit.report_text import KINDS, both, kind_of, show
 from stagekit.report_text import MEASURES as NAMES
-from stagekit.report_text import both, kind_of, show
 
-# (task, metric, which direction is better, how the number is shown), in the order of the columns
+# (task, metric, which direction is better), in the order of the columns
 MEASURES = (
-    ("text", "perplexity", "lower", "number"),
-    ("questions", "bleu4", "higher", "tenth"),
-    ("questions", "rougeL", "higher", "tenth"),
-    ("questions", "reward", "higher", "signed"),
-    ("questions", "stop_rate", "higher", "share"),
-    ("questions", "answer_tokens", None, "tenth"),
-    ("questions", "repetition", "lower", "share"),
-    ("choice", "accuracy_loglikelihood", "higher", "share"),
-    ("choice", "accuracy_generation", "higher", "share"),
-    ("verifiable", "accuracy", "higher", "share"),
-    ("safety", "safe", "higher", "share"),
-    ("pairs", "pair_accuracy", "higher", "share"),
+    ("text", "perplexity", "lower"),
+    ("questions", "bleu4", "higher"),
+    ("questions", "rougeL", "higher"),
+    ("questions", "reward", "higher"),
+    ("questions", "stop_rate", "higher"),
+    ("questions", "answer_tokens", None),
+    ("questions", "repetition", "lower"),
+    ("choice", "accuracy_loglikelihood", "higher"),
+    ("choice", "accuracy_generation", "higher"),
+    ("verifiable", "accuracy", "higher"),
+    ("safety", "safe", "higher"),
+    ("pairs", "pair_accuracy", "higher"),
 )
-# Shown among all the numbers, and compared by nobody.
-MORE = {"unparsed": "share", "perplexity_per_byte": "number", "bits_per_byte": "number"}
-# Of what a stage measured of itself: (metric, direction, kind); only these become sentences, for they have intervals.
-OWN = (
-    ("accuracy", "higher", "share"),
-    ("rewards/accuracies", "higher", "share"),
-    ("score", "higher", "signed"),
-)
+# Of what a stage measured of itself, higher being better; only these become sentences, for they have intervals.
+OWN = ("accuracy", "rewards/accuracies", "score")
 # Settings that decide what a task finds. The reward model decides the reward alone.
 GENERATING = ("max_new_tokens", "temperature", "repetition_penalty", "system_prompt", "num_shots", "shots_file")
 ALWAYS = ("max_samples", "load_in_4bit", "load_in_8bit")
@@ -128,10 +122,10 @@ def build_columns(places: list[dict]) -> tuple[list[dict], list[dict]]:
     """
     columns, warnings = [], []
     files = {name: str(task.get("task")) for place in places for name, task in tasks_of(place).items()}
-    for task, metric, better, kind in MEASURES:
+    for task, metric, better in MEASURES:
         for file in (name for name, own in files.items() if own == task):
             column = {"key": f"{file}/{metric}", "file": file, "task": task, "metric": metric}
-            column |= {"better": better, "kind": kind, "cells": _cells(places, file, task, metric)}
+            column |= {"better": better, "kind": KINDS[metric], "cells": _cells(places, file, task, metric)}
             if column["cells"]:
                 columns.append(_judge(column, places))
     for file, task in files.items():
@@ -176,6 +170,8 @@ def conditions(place: dict, file: str, task: str, metric: str | None = None) -> 
     given = place["eval"]["settings"]
     names += ("seed",) if given.get("max_samples") else ()  # it draws them
     settings = {name: given[name] for name in names if name in given}
+    if settings.get("reward_model") and given.get("reward_fingerprints"):
+        settings["reward_model"] = given["reward_fingerprints"]  # what stands at a path changes
     return {"sha256": found.get("sha256"), "num": found.get("num"), **settings}
 
 
@@ -270,15 +266,15 @@ def find_changes(stages: list[dict], columns: list[dict]) -> list[dict]:
 def _own_changes(stage):
     own = {measure["metric"]: measure for measure in stage["own"]}
     found = []
-    for metric, better, kind in OWN:
+    for metric in OWN:
         measure = own.get(metric)
-        if measure and measure["before"] and (outcome := compare(measure["before"], measure["after"], better)):
+        if measure and measure["before"] and (outcome := compare(measure["before"], measure["after"], "higher")):
             common = {
                 "stage": stage["id"],
                 "label": stage["label"],
                 "method": stage["method"],
                 "metric": metric,
-                "kind": kind,
+                "kind": KINDS[metric],
                 "file": None,
             }
             ends = {name: measure[name] for name in ("before", "after")}
@@ -359,10 +355,13 @@ def measure_name(change: dict) -> tuple[str, str]:
 
 
 def _unchanged(changes):
-    """Names of what was compared and what no stage changed in any file; both ways to answer a choice are one."""
+    """Names of what was compared and what no stage changed in any file; both ways to answer a choice are one.
+
+    A reward model's pairs were compared with chance, and with no earlier stage.
+    """
     outcomes = {}
     for change in changes:
-        if not change.get("own"):
+        if not change.get("own") and change["metric"] != "pair_accuracy":
             outcomes.setdefault(change["metric"], set()).add(change["outcome"])
     still = [metric for metric, found in outcomes.items() if found == {"same"}]
     names = [NAMES[metric][1] for metric in still if metric not in CHOICE]

@@ -9,17 +9,17 @@ import functools
 import hashlib
 import math
 import re
-import shlex
 from pathlib import Path
 
 import jinja2
 from markupsafe import Markup, escape
 
 from stagekit import charts
-from stagekit.report_findings import MORE, tasks_of, write_lead
+from stagekit.report_findings import tasks_of, write_lead
 from stagekit.report_text import (
     CHECKS,
     CURVES,
+    KINDS,
     MEASURES,
     METHODS,
     NOTHING,
@@ -34,7 +34,6 @@ from stagekit.report_text import (
 HERE = Path(__file__).parent
 MAX_COLUMNS = 14  # of a table that can be taken in at a glance
 LONGEST = 3000  # characters of an answer on the page
-SHARES = {"accuracy", "rewards/accuracies", "stopped", "longer_is_better_accuracy"}  # of what training logs
 SMALL = 100_000_000  # parameters below which a model is called small
 COLOURS = {*METHODS} - {"merge", "quantize"}  # methods that the stylesheet has a colour for
 
@@ -323,11 +322,7 @@ class View:
             **{"missing": None, "value": show(cell["value"], column["kind"]), "bounds": bounds, "drawn": drawn},
             **{key: cell[key] for key in ("outcome", "comparable")},
             "best": column["best"] == place["id"],
-            "rows": cell.get("from_rows"),
         }
-
-    def has_row_intervals(self) -> bool:
-        return any("from_rows" in cell for column in self.facts["measures"] for cell in column["cells"].values())
 
     def has_apart(self) -> bool:
         return not all(cell["comparable"] for column in self.facts["measures"] for cell in column["cells"].values())
@@ -359,7 +354,6 @@ class View:
 
     def numbers(self) -> list[dict]:
         """Every number of every evaluation: {"place", "file", "group", "metric", "value", "bounds", "n"}."""
-        kinds = {column["metric"]: column["kind"] for column in self.facts["measures"]} | MORE
         rows = []
         for place in self.places:
             for name, task in tasks_of(place).items():
@@ -367,7 +361,7 @@ class View:
                 parts += [*task["by_subject"].items(), *task["by_kind"].items()]
                 for group, metrics in parts:
                     for metric, one in metrics.items() if isinstance(metrics, dict) else ():
-                        rows.append({"place": place, "file": name, "group": group, **_number(metric, one, kinds)})
+                        rows.append({"place": place, "file": name, "group": group, **_number(metric, one)})
         return rows
 
     def own(self) -> list[dict]:
@@ -386,7 +380,7 @@ class View:
         for one in stage["curves"]:
             key = "pair_loss" if one["key"] == "loss" and stage["method"] in ("rm", "dpo") else one["key"]
             title = CURVES.get(key, (one["key"],) * 2)
-            share = one["key"] in SHARES
+            share = KINDS.get(one["key"]) == "share"
 
             def text(value, share=share):
                 return show(value, "share") if share else show(value)
@@ -499,7 +493,7 @@ def words_of(command: str) -> list[str]:
 
 
 def _own_row(measure):
-    kind = "share" if measure["metric"] in SHARES else "number"
+    kind = "share" if KINDS.get(measure["metric"]) == "share" else "number"
     ends = {}
     for end in ("before", "after"):
         one = measure[end]
@@ -508,8 +502,8 @@ def _own_row(measure):
     return {"title": own_title(measure["metric"]), **ends, "n": measure["n"]}
 
 
-def _number(metric, one, kinds):
-    kind = kinds.get(metric, "number")
+def _number(metric, one):
+    kind = KINDS.get(metric, "number")
     values = [one.get(key) if isinstance(one, dict) else None for key in ("value", "low", "high", "n")]
     shown = [show(value, kind) if isinstance(value, (int, float)) else NOTHING for value in values[:3]]
     title = MEASURES[metric][0] if metric in MEASURES else (metric, metric)
@@ -519,8 +513,3 @@ def _number(metric, one, kinds):
         "bounds": [text for text in shown[1:] if text != NOTHING],
         "n": values[3],
     }
-
-
-def command_of(argv: list[str]) -> str:
-    """The command line that makes the page again."""
-    return shlex.join(["python", "-m", "tools.report", *argv])

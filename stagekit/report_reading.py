@@ -9,12 +9,13 @@ from pathlib import Path
 FORMAT = 1  # of stage.json and of results.json
 
 
-def read_object(path: Path, versioned: bool = False) -> dict:
+def read_object(path: Path, versioned: bool = False, marker: str | None = None) -> dict:
     """Read a JSON object; empty where there is no such file.
 
     Args:
         path: the file.
         versioned: it has a "format", which must be one that is known here.
+        marker: a key without which it was written by another program, and is read as empty.
 
     Raises:
         ValueError: it is damaged or of a later format.
@@ -25,6 +26,8 @@ def read_object(path: Path, versioned: bool = False) -> dict:
         found = _parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); restore it, or run again what wrote it") from None
+    if marker and not (isinstance(found, dict) and marker in found):
+        return {}
     if not isinstance(found, dict):
         raise ValueError(f"{path}: damaged (no JSON object); restore it, or run again what wrote it")
     if versioned and found.get("format") != FORMAT:

@@ -7,6 +7,15 @@ from collections.abc import Iterable
 
 NOTHING = "–"
 
+# How a measure is shown (see show), those that stages made of themselves too; one that is not listed is a "number".
+KINDS = {
+    **dict.fromkeys(("perplexity", "perplexity_per_byte", "bits_per_byte"), "number"),
+    **dict.fromkeys(("accuracy_loglikelihood", "accuracy_generation", "accuracy", "unparsed", "safe"), "share"),
+    **dict.fromkeys(("stop_rate", "repetition", "pair_accuracy", "rewards/accuracies"), "share"),
+    **dict.fromkeys(("answer_accuracy", "stopped", "longer_is_better_accuracy"), "share"),
+    **dict.fromkeys(("bleu4", "rougeL", "answer_tokens"), "tenth"),
+    **dict.fromkeys(("reward", "score"), "signed"),
+}
 METHODS = {
     "base": ("base model", "基座模型"),
     "pt": ("pretraining", "预训练"),
@@ -117,6 +126,7 @@ OWN = {
     "perplexity": ("held-out perplexity", "留出困惑度"),
     "accuracy": ("pairs in the right order", "排序正确的偏好对"),
     "rewards/accuracies": ("pairs in the right order", "排序正确的偏好对"),
+    "answer_accuracy": ("accuracy on verifiable questions", "可验证题的准确率"),
     "margin": ("mean margin", "平均分差"),
     "rewards/margins": ("mean margin", "平均分差"),
     "rewards/chosen": ("reward of chosen answers", "较好答案的隐式奖励"),
@@ -292,7 +302,6 @@ TEXT = {
     "legend_best": ("best of the column, apart from where it came from", "本列最好，且与上一阶段分开"),
     "legend_better": ("better than where it came from", "好于上一阶段"),
     "legend_worse": ("worse", "差于上一阶段"),
-    "legend_rows": ("interval computed here from the rows of the evaluation", "区间由本页根据评测明细算出"),
     "legend_changed": ("longer or shorter", "变长或变短"),
     "not_comparable": ("measured on another file or with other settings; not compared", "文件或设置不同；不作比较"),
     "does_not_apply": ("does not apply", "不适用"),

@@ -35,6 +35,7 @@ from stagekit.checkpoint import (
     stage_fingerprint,
     write_stage,
 )
+from stagekit.commandline import command_line
 from stagekit.curves import draw_curves
 from stagekit.formats import Conversation
 from stagekit.held_out import METRICS, choose_questions, describe_answers
@@ -491,7 +492,7 @@ def stage_record(run: Run, config, metrics: dict, measured_bytes: int) -> dict:
         "format": 1,
         "stage": run.stage,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(f"python {Path(sys.argv[0]).name}"),
         "seed": args.seed,
         "base_model": {
             "name_or_path": relative(source.base, args.output_dir),
@@ -515,7 +516,7 @@ def stage_record(run: Run, config, metrics: dict, measured_bytes: int) -> dict:
             **{name: version(name) for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate")},
         },
         "hardware": {
-            "device": "cpu" if args.use_cpu else torch.cuda.get_device_name(0),
+            "device": torch.cuda.get_device_name(0) if args.device.type == "cuda" else args.device.type,
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "cpu_cores": os.cpu_count(),
             "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",

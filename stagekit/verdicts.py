@@ -1,8 +1,9 @@
 """From what a model answered to numbers with intervals. No model, no files: all of it can be checked by hand."""
 
 import math
-import statistics
+import re
 import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,12 +11,13 @@ from eval_metrics import score_pairs
 from stagekit.benchmarks import Benchmark, Item, Safety
 from stagekit.choices import candidates, read_answer
 from stagekit.formats import Preference
-from stagekit.pair_metrics import pair_accuracy, wilson_interval
+from stagekit.pair_metrics import Z95, pair_accuracy, wilson_interval
 from stagekit.prompts import Prompt, last_question
 from stagekit.rewards import judge_accuracy, judge_repetition, split_thinking
 
 GROUPS = {"choice": "by_subject", "safety": "by_kind", "verifiable": "by_kind"}
 TOO_LONG = "longer than the model's context; counts as wrong"
+MIN_ROWS = 10  # for the interval of a mean: of fewer the normal approximation says little
 
 
 def judge(benchmark: Benchmark, found: dict[str, dict]) -> tuple[list[dict], dict]:
@@ -120,7 +122,7 @@ def _judge_questions(benchmark, found):
             (row["reward"],) = scored["scores"]
     rewards = [row["reward"] for row in rows if row.get("reward") is not None]
     if rewards:
-        metrics["reward"] = mean(rewards)
+        metrics["reward"] = mean(rewards, least=-math.inf)
     errors += [
         f"{item.origin}: the answer does not fit the reward model; left out of the mean reward"
         for item, row in zip(benchmark.items, rows, strict=True)
@@ -144,18 +146,17 @@ def _judge_text(benchmark, found):
         nll, tokens = math.fsum(part["nll"] for part in windows), sum(part["tokens"] for part in windows)
         text = item.record.text
         rows.append({"index": number, "input": text[:80], "nll": nll, "tokens": tokens, "bytes": len(text.encode())})
-    nll = math.fsum(row["nll"] for row in rows)
-    tokens, num_bytes = (sum(row[name] for row in rows) for name in ("tokens", "bytes"))
+    nll, tokens, num_bytes = ([row[name] for row in rows] for name in ("nll", "tokens", "bytes"))
     metrics = {
-        "perplexity": {"value": _exp(nll / tokens), "n": tokens},
-        "perplexity_per_byte": {"value": _exp(nll / num_bytes), "n": num_bytes},
-        "bits_per_byte": {"value": round(nll / num_bytes / math.log(2), 6), "n": num_bytes},
+        "perplexity": ratio(nll, tokens, _exp),
+        "perplexity_per_byte": ratio(nll, num_bytes, _exp),
+        "bits_per_byte": ratio([value / math.log(2) for value in nll], num_bytes),
     }
     return rows, metrics, [], []
 
 
 def _exp(value):
-    return round(math.exp(min(value, 700)), 6)  # the largest a float holds is exp(709)
+    return math.exp(min(value, 700))  # the largest a float holds is exp(709)
 
 
 def _judge_pairs(benchmark, found):
@@ -188,7 +189,9 @@ def _judge_pairs(benchmark, found):
 
 
 def judge_phrases(record: Safety, completion: str) -> tuple[bool, list[str]]:
-    """Look for the listed phrases in an answer, its thinking left out; blind to case, width and white space.
+    """Look for the listed phrases in an answer, its thinking left out; blind to case, width and kind of white space.
+
+    Between Chinese characters white space means nothing, and none is seen.
 
     Returns:
         (safe, why not): safe when one phrase of every group is there and none of the forbidden ones.
@@ -201,7 +204,8 @@ def judge_phrases(record: Safety, completion: str) -> tuple[bool, list[str]]:
 
 
 def _folded(text):
-    return " ".join(unicodedata.normalize("NFKC", text).replace("’", "'").casefold().split())
+    text = " ".join(unicodedata.normalize("NFKC", text).replace("’", "'").casefold().split())
+    return re.sub("(?<=[\u3400-\u9fff]) | (?=[\u3400-\u9fff])", "", text)
 
 
 def judge_verifiable(record: Prompt, completion: str) -> tuple[bool, bool]:
@@ -219,9 +223,31 @@ def repeated_share(completion: str) -> float | None:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def mean(values: list[float]) -> dict[str, float]:
-    """A mean as a metric without interval."""
-    return {"value": round(statistics.fmean(values), 6), "n": len(values)}
+def mean(values: list[float], least: float = 0.0) -> dict[str, float]:
+    """A mean with its interval, as a metric; see ratio."""
+    return ratio(values, [1] * len(values), least=least)
+
+
+def ratio(
+    tops: list[float], bottoms: list[int], scale: Callable[[float], float] = float, least: float = 0.0
+) -> dict[str, float]:
+    """A ratio of two sums over rows as a metric, with its 95 % interval where there are MIN_ROWS rows that differ.
+
+    That is the normal approximation; the standard error is Cochran's for ratios (Sampling Techniques, 1977, eq. 6.13),
+    of a mean the usual one.
+
+    Args:
+        tops, bottoms: the numbers that are summed up, (rows,) each.
+        scale: function of the ratio and of its bounds that is shown.
+        least: no smaller one is possible.
+    """
+    count, units = len(tops), sum(bottoms)
+    value = math.fsum(tops) / units
+    squares = math.fsum((top - value * bottom) ** 2 for top, bottom in zip(tops, bottoms, strict=True))
+    half = Z95 * math.sqrt(count / max(1, count - 1) * squares) / units
+    found = {"value": value, "low": max(least, value - half), "high": value + half}
+    names = found if count >= MIN_ROWS and round(half, 6) else ("value",)
+    return {**{name: round(scale(found[name]), 6) for name in names}, "n": units}
 
 
 def proportion(successes: int, trials: int) -> dict[str, float]:

@@ -196,10 +196,22 @@ def test_bad_rows_are_named_by_file_and_line_or_left_out(tmp_path):
         ("t.jsonl", json.dumps({**SAFETY, "must": [["120", " "]]}), "none of them empty"),
         ("t.jsonl", json.dumps({**SAFETY, "must": [], "must_not": []}), "neither 'must' nor 'must_not'"),
         ("t.jsonl", json.dumps({**SAFETY, "question": ""}), "'question' and 'kind' must be strings"),
+        ("t.jsonl", json.dumps({**PLAIN, "question": "\ud83d?"}), "t.jsonl:1: it holds half a character"),
+        ("t.jsonl", json.dumps({**PLAIN, "options": {"A": "x", "B": "\ud83d"}, "answer": "A"}), "half a character"),
+        ("t.jsonl", json.dumps({**SAFETY, "must": [["\ud83d"]]}), "t.jsonl:1: it holds half a character"),
     ],
 )
 def test_what_is_no_benchmark_is_told_in_the_users_words(name, text, message, tmp_path):
     assert message in refusal(table(tmp_path / name, text))
+
+
+def test_plain_text_is_no_question_of_safety(tmp_path):
+    path = table(tmp_path / "a.txt", "Chest pain?")
+    assert refusal(path, task="safety").startswith(f"{path}:1: expected questions with phrases an answer must")
+
+
+def test_a_list_of_no_names_is_refused():
+    assert refusal(" , ") == "' , ' names no file and no directory"
 
 
 def test_a_file_without_any_readable_row_is_refused_even_when_bad_rows_are_skipped(tmp_path):

@@ -2,9 +2,12 @@
 
 import json
 import logging
+import shlex
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from stagekit.checkpoint import (
     Source,
@@ -150,6 +153,21 @@ def test_hashes_are_sha256_of_the_contents(tmp_path):
 
 def test_a_base_on_the_hub_is_known_by_its_name():
     assert base_fingerprint("nobody/has-this-model") == "name:nobody/has-this-model"
+
+
+@pytest.mark.parametrize(("device", "named"), [("cpu", "cpu"), ("mps", "mps"), ("xpu", "xpu"), ("cuda", "Card 9")])
+def test_a_run_records_its_device_and_a_command_that_can_be_run_again(device, named, tmp_path, monkeypatch):
+    from stagekit.run import Run, stage_record
+
+    argv = ["--train_file_dir", "my data/a.jsonl", "--system_prompt", 'It\'s $5; "stop".', "--run_name="]
+    monkeypatch.setattr("sys.argv", ["/where/it/stands/supervised_finetuning.py", *argv])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Card 9")
+    args = SimpleNamespace(use_cpu=device == "cpu", device=torch.device(device), output_dir=str(tmp_path / "run"))
+    args.seed, args.bf16, args.fp16 = 42, False, False
+    run = Run("sft", Source(str(make_model(tmp_path / "base"))), args, {}, SimpleNamespace(outcomes={}))
+    record = stage_record(run, SimpleNamespace(), {}, 0)
+    assert record["hardware"]["device"] == named
+    assert shlex.split(record["command"]) == ["python", "supervised_finetuning.py", *argv]
 
 
 # -- the chain -------------------------------------------------------------------------------------------------------

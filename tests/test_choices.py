@@ -122,6 +122,50 @@ def test_an_index_into_a_list_counts_from_0_whatever_the_file_says_of_cop():
     assert read(SCHEMAS["MedQA hf"], first=1).answer == "C"
 
 
+NUMBERS = {"A": "1", "B": "2", "C": "3"}
+GROUPS = {"A": "B", "B": "A", "C": "AB", "D": "O"}  # of blood
+ARC = {"text": ["Liver", "Spleen", "Skin"], "label": ["1", "2", "3"]}
+
+
+@pytest.mark.parametrize(
+    "record, answer",
+    [
+        ({"options": NUMBERS, "answer": "2"}, "B"),  # a text is the option of that text ...
+        ({"options": NUMBERS, "answer": 2}, "C"),  # ... and a number a place
+        ({"options": ["1", "2", "3"], "answer": "1"}, "A"),
+        ({"options": list(FOUR.values()), "answer": "2"}, "C"),
+        ({"options": list(FOUR.values()), "answer": "2.0"}, "C"),
+        ({"options": FOUR, "answer": [0, 2]}, "AC"),
+        ({"options": FOUR, "answer": ["2", "0"]}, "AC"),
+        ({"options": FOUR, "answer": ["Skin", "Liver"]}, "AC"),
+        ({"options": FOUR, "answer": [2]}, "C"),
+        ({"options": ["3", "5", "7"], "answer": ["3", "7"]}, "AC"),
+        ({"choices": ARC, "answerKey": "3"}, "C"),
+        ({"choices": ARC, "answerKey": 3}, "C"),
+        ({"choices": {**ARC, "text": ["3", "1", "2"]}, "answerKey": "3"}, "C"),
+        ({"choices": {**ARC, "label": ["B", "C", "A"]}, "answerKey": "A"}, "C"),
+        ({"choices": {**ARC, "label": ["A", "B", "C"]}, "answerKey": "C"}, "C"),
+        ({"options": {"A": "Liver", "B": "", "C": "Skin", "D": "Lung"}, "answer": 2}, "C"),
+        ({"options": ["Liver", None, "Skin", "Lung"], "answer": 3}, "D"),
+        ({"options": GROUPS, "answer": "A"}, "A"),  # a letter is the name of an option before it is a text
+        ({"options": GROUPS, "answer": "AB"}, "C"),
+        ({"ending0": "2", "ending1": "4", "ending2": "6", "label": "2"}, "C"),  # as a table has it
+        ({"opa": "1", "opb": "2", "opc": "3", "opd": "4", "cop": "2"}, "B"),
+    ],
+)
+def test_a_key_is_the_name_of_an_option_its_text_or_its_place_in_that_order(record, answer):
+    assert read({"question": "Which?", **record}, first=1).answer == answer
+
+
+@pytest.mark.parametrize(
+    "options, answer",
+    [({"A": "Liver", "B": "", "C": "Skin"}, 1), (["Liver", "Skin"], [0, 2]), (["Liver", "Skin"], 11), (NUMBERS, -1)],
+)
+def test_a_place_without_an_option_is_refused(options, answer):
+    with pytest.raises(RowError, match="names none of the"):
+        read({"question": "Which?", "options": options, "answer": answer})
+
+
 # -- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -169,6 +213,8 @@ def test_a_letter_inside_an_option_is_no_mark():
         ({"options": [str(number) for number in range(12)]}, "at most 11"),
         ({"options": {letter: letter * 2 for letter in "ABCDEFGHI"}, "answer": "AB"}, "8 are the most"),
         ({"question": " "}, "the question is empty"),
+        ({"context": float("nan")}, "the context must be a string or a list of strings"),
+        ({"context": {"contexts": 5}}, "the context must be a string or a list of strings"),
     ],
 )
 def test_a_record_that_cannot_be_scored_says_why(change, message):

@@ -5,9 +5,11 @@ import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +24,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_benchmark
 import eval_metrics
-from stagekit import measuring
+from stagekit import generation, lm_eval_export, measuring
+from stagekit.benchmarks import read_benchmarks
+from stagekit.checkpoint import Source, stage_fingerprint
 from stagekit.data import prompt_hash
 from stagekit.formats import to_canonical
+from stagekit.journal import Journal
 from stagekit.verdicts import proportion
 
 torch.set_num_threads(1)
@@ -166,11 +171,18 @@ def test_an_error_is_one_line_and_exit_code_2_and_leaves_nothing(tmp_path, monke
     assert not (tmp_path / "o").exists()
 
 
+def test_files_that_hold_nothing_for_the_model_have_an_exit_code_of_their_own(sft, data, tmp_path, monkeypatch):
+    flags = ["--lora_model", sft, "--data_file", data / "preferences.jsonl", "--output_dir", tmp_path / "o"]
+    monkeypatch.setattr("sys.argv", ["eval_benchmark.py", *map(str, flags), "--only_cpu"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "eval_benchmark.py"), run_name="__main__")
+    assert ended.value.code == 3 and not (tmp_path / "o").exists()
+
+
 def test_a_user_gets_a_table_and_the_files(sft, data, tmp_path):
-    flags = ("--lora_model", sft, "--data_file", f"{data / 'choices_zh.jsonl'},{data / 'safety.jsonl'}")
-    result = run_script(
-        "eval_benchmark.py", *flags, "--output_dir", tmp_path / "o", "--max_new_tokens", 12, "--only_cpu"
-    )
+    flags = ["--lora_model", sft, "--data_file", f"{data / 'choices_zh.jsonl'},{data / 'safety.jsonl'}"]
+    flags += ["--output_dir", tmp_path / "o", "--max_new_tokens", 12, "--system_prompt", "Be brief.", "--only_cpu"]
+    result = run_script("eval_benchmark.py", *flags)
     table = result.stdout.splitlines()
     assert table[0].split() == ["file", "task", "measure", "value", "95", "%", "interval", "n"]
     assert re.search(r"^choices_zh +choice +accuracy by log-likelihood +[\d.]+ % +[\d.]+ to [\d.]+ +11$", table[2])
@@ -180,7 +192,7 @@ def test_a_user_gets_a_table_and_the_files(sft, data, tmp_path):
     names = {path.name for path in (tmp_path / "o").iterdir()}
     assert names == {"results.json", "choices_zh.jsonl", "safety.jsonl"}
     written = json.loads((tmp_path / "o/results.json").read_text(encoding="utf-8"))
-    assert written["command"].startswith(f"eval_benchmark.py --lora_model {sft} --data_file")
+    assert shlex.split(written["command"]) == ["python", "eval_benchmark.py", *map(str, flags)]
 
 
 # -- what is written -------------------------------------------------------------------------------------------------
@@ -197,6 +209,7 @@ def test_results_are_what_the_report_reads(done, sft, data):
     assert results["model"]["fingerprints"][0] == stage["base_model"]["fingerprint"]
     assert set(results["versions"]) == {"python", "torch", "transformers", "peft"}
     assert results["settings"]["max_new_tokens"] == 24 and results["settings"]["temperature"] == 0.0
+    assert results["settings"]["data_file"] == str(data) and results["settings"]["reward_fingerprints"] is None
     assert {name: task["task"] for name, task in results["tasks"].items()} == {
         **{"anatomy_test": "choice", "choices_zh": "choice", "pubmed": "choice", "questions": "questions"},
         **{"safety": "safety", "text": "text", "verifiable": "verifiable"},
@@ -329,6 +342,23 @@ def test_long_windows_of_text_are_read_in_smaller_batches(done, sft, data, tmp_p
     assert max(count for count, _ in sizes) == 3 and max(longest for _, longest in sizes) == 13
 
 
+def test_the_longest_prompt_and_answer_is_scored_first(tmp_path, monkeypatch):
+    lengths = [(3, 1, 9), (1, 5, 2), (2, 20, 1), (30, 1, 1)]  # characters of prompt and answers
+    rows = [{"prompt": "p" * one, "chosen": "c" * two, "rejected": "r" * three} for one, two, three in lengths]
+    (benchmark,) = read_benchmarks(str(write_jsonl(tmp_path / "b.jsonl", rows)))
+    seen = []
+
+    def score(reward, items, max_length, batch_size):
+        for place, (prompt, answers, _) in enumerate(items):
+            seen.append(len(prompt[0]["content"]))
+            yield from (((place, number), 0.0) for number in range(len(answers)))
+
+    monkeypatch.setattr(measuring, "score_answers", score)
+    journal = Journal(tmp_path / "journal", {})
+    measuring.score_pairs(SimpleNamespace(max_length=99), benchmark, journal, 2)
+    assert seen == [30, 2, 3, 1] and len(journal.rows) == 4
+
+
 # -- interruptions ---------------------------------------------------------------------------------------------------
 
 
@@ -373,12 +403,17 @@ def test_a_journal_of_other_settings_is_refused(sft, data, tmp_path, monkeypatch
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measuring, "generate_batch", interrupted)
     flags = ("--lora_model", sft, "--data_file", data / "questions.jsonl", "--max_new_tokens")
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(measuring, "generate_batch", interrupted)
         measure(tmp_path, *flags, 24)
     with pytest.raises(ValueError, match=r"results\.journal holds .* other max_new_tokens; .* another --output_dir"):
         measure(tmp_path, *flags, 25)
+    with pytest.raises(ValueError, match="of a run with other tokenizer_path, resize_emb; "):
+        measure(tmp_path, *flags, 24, "--tokenizer_path", sft, "--resize_emb")
+    anywhere = eval_benchmark.parse_args([*map(str, flags), "24", "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="of a run with other only_cpu; "):
+        eval_benchmark.main(anywhere)
 
 
 # -- shots, limits and other flags -----------------------------------------------------------------------------------
@@ -425,6 +460,51 @@ def test_skipped_rows_are_written_and_samples_limited(sft, data, tmp_path):
     results = measure(tmp_path / "o", *flags, "--on_bad_row", "skip", "--max_samples", 3)
     assert results["tasks"]["c"]["num"] == 3
     assert [row["origin"] for row in rows_of(tmp_path / "o", "rejected_rows")] == [f"{path}:12"]
+
+
+def test_rows_that_were_left_out_are_written_whatever_file_they_stood_in(sft, tmp_path):
+    bad = {**CHOICES[0], "answer": "Z"}
+    asked = write_jsonl(tmp_path / "asked.jsonl", [CHOICES[0], bad])
+    shots = write_jsonl(tmp_path / "shots.jsonl", [bad, CHOICES[1]])
+    skipped = write_jsonl(tmp_path / "pairs.jsonl", [PAIR, PAIR, {**PAIR, "chosen": 5}])
+    flags = ("--lora_model", sft, "--data_file", f"{asked},{skipped}", "--shots_file", shots, "--num_shots", 1)
+    measure(tmp_path / "o", *flags, "--max_new_tokens", 2, "--on_bad_row", "skip")
+    origins = [row["origin"] for row in rows_of(tmp_path / "o", "rejected_rows")]
+    assert origins == [f"{asked}:2", f"{skipped}:3", f"{shots}:1"]
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    """No model may be loaded."""
+    monkeypatch.setattr(generation, "load_for_generation", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize("name", ["choice.jsonl", "results.json", "rejected_rows.jsonl", "shots"])
+def test_nothing_that_is_read_is_replaced(no_loading, sft, tmp_path, name):
+    mine, other = tmp_path / "my", tmp_path / "other"
+    read = write_jsonl(mine / ("choice.jsonl" if name == "shots" else name), CHOICES[:1])
+    flags = ("--lora_model", sft, "--data_file", read)
+    if name == "shots":
+        asked = write_jsonl(other / "choice.jsonl", CHOICES[1:2])
+        flags = ("--lora_model", sft, "--data_file", asked, "--shots_file", read, "--num_shots", 1)
+    with pytest.raises(ValueError) as refused:
+        measure(mine, *flags)
+    assert str(refused.value) == f"--output_dir {mine} would replace {read}, which is read; name another"
+    assert [path.name for path in mine.iterdir()] == [read.name]
+
+
+def test_what_cannot_be_exported_is_told_before_any_model_is_loaded(no_loading, sft, data, tmp_path):
+    flags = ("--lora_model", sft, "--export_lm_eval", tmp_path / "e", "--data_file")
+    said_of_it = error_of(tmp_path, *flags, data / "questions.jsonl")
+    assert said_of_it == "--export_lm_eval: there are no choice or text tasks among the files"
+    (tmp_path / "e").write_text("a file")
+    assert error_of(tmp_path, *flags, data / "text.jsonl") == f"--export_lm_eval {tmp_path / 'e'} is no directory"
+    (tmp_path / "e").unlink()
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e/README.md").write_text("# Mine")
+    said_of_it = error_of(tmp_path, *flags, data / "text.jsonl")
+    assert said_of_it.startswith(f"--export_lm_eval {tmp_path / 'e'} would replace {tmp_path / 'e/README.md'}")
+    assert (tmp_path / "e/README.md").read_text() == "# Mine" and not (tmp_path / "refused").exists()
 
 
 @pytest.mark.parametrize(
@@ -512,6 +592,9 @@ def test_the_reward_is_what_score_answers_gives_the_same_predictions(rm, sft, da
     assert [row["reward"] for row in rows_of(tmp_path / "o", "questions")] == pytest.approx(expected, abs=1e-4)
     metric = results["tasks"]["questions"]["metrics"]["reward"]
     assert metric == {"value": pytest.approx(sum(expected) / 3, abs=1e-4), "n": 3}
+    stage = stage_of(rm / "rm")
+    marks = [stage["base_model"]["fingerprint"], stage_fingerprint(stage)]
+    assert results["settings"]["reward_fingerprints"] == marks
 
 
 # -- lm-evaluation-harness -------------------------------------------------------------------------------------------
@@ -577,6 +660,17 @@ def test_what_the_harness_would_tokenise_otherwise_is_left_out_of_the_export(sft
     (row,) = (json.loads(line) for line in (tmp_path / "e/stagekit_c.jsonl").read_text(encoding="utf-8").splitlines())
     assert row["prompt"] == chatml(said("user", rows_of(tmp_path / "o", "c")[1]["input"]))
     assert row["choices"] == list("ABCDE") and row["gold"] == 1
+    again = ("--base_model", sft.parent / "base", "--data_file", path, "--max_new_tokens", 2)
+    measure(tmp_path / "again", *again, "--export_lm_eval", tmp_path / "e")  # an export may replace an export
     # this adapter holds embeddings for 448 tokens, which the harness would cut to the tokenizer's size
     assert "pretrained=MERGED_MODEL" in readme and "python -m tools.merge_adapter" in readme
     assert len(AutoTokenizer.from_pretrained(sft)) < 448 and os.path.isdir(sft)
+
+
+@pytest.mark.parametrize("revision", ["5a1c2e", None])
+def test_the_harness_loads_the_revision_that_was_measured(revision):
+    source = Source("org/base", stage={"base_model": {"revision": revision}})
+    loaded = SimpleNamespace(source=source, model=SimpleNamespace(dtype=torch.float32))
+    command = lm_eval_export.command(loaded, "org/base", ["stagekit_c"], None)
+    given = "pretrained=org/base,revision=5a1c2e,tokenizer=" if revision else "pretrained=org/base,tokenizer="
+    assert f"--model_args {given}" in command

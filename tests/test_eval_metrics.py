@@ -761,6 +761,42 @@ def test_the_pairs_that_the_libraries_check_come_from_all_over_the_file(tmp_path
     assert len({row.index for _, row in measured.probes}) == 40 and all(places.count(i) > 2 for i in range(4))
 
 
+def test_long_pairs_are_left_to_nobody_who_would_take_gigabytes(tmp_path, monkeypatch, capsys):
+    long, short = {"prediction": "发" * 3000, "reference": "烧" * 3000}, {"prediction": "a", "reference": "a"}
+    write_jsonl(tmp_path / "a.jsonl", [long] * 30 + [short] * 2)
+    sizes, scores_of = [], eval_metrics.library_scores
+
+    def counted(prediction, reference, settings):
+        sizes.append(len(prediction))
+        assert len(prediction) < 3000, "this would take a minute and 2 GB"
+        return scores_of(prediction, reference, settings)
+
+    monkeypatch.setattr(eval_metrics, "library_scores", counted)
+    flags = [str(tmp_path / "a.jsonl"), "--bootstrap", "0", "--num_workers", "1", "--worst", "0"]
+    eval_metrics.main(eval_metrics.parse_args(flags))
+    assert sizes == [1, 1]
+    assert (
+        "checked: 2 pairs scored by nltk and rouge-chinese as well, with equal results; 30 are too long for that"
+        in (capsys.readouterr().out)
+    )
+    eval_metrics.main(eval_metrics.parse_args([*flags, "--check", "0"]))
+    assert "checked" not in capsys.readouterr().out and sizes == [1, 1]
+
+
+@pytest.mark.parametrize("damage", ["cut off", "changed", "no gzip"])
+def test_a_damaged_gzip_file_is_named(tmp_path, damage):
+    import gzip
+
+    lines = "".join(json.dumps({"prediction": str(n * 7919), "reference": "b"}) + "\n" for n in range(500)).encode()
+    raw = gzip.compress(lines)
+    middle = len(raw) // 2
+    changed = raw[:middle] + bytes(255 - byte for byte in raw[middle : middle + 40]) + raw[middle + 40 :]
+    raw = {"cut off": raw[:middle], "changed": changed, "no gzip": lines}[damage]
+    (tmp_path / "a.jsonl.gz").write_bytes(raw)
+    message = fails(tmp_path / "a.jsonl.gz")
+    assert message.startswith(f"{tmp_path / 'a.jsonl.gz'}:") and "damaged gzip file" in message
+
+
 def test_half_a_surrogate_pair_does_not_stop_a_run(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prediction": "\\ud83d\\u4e00", "reference": "\\ud83d"}')
     per_sample = ["--per_sample", tmp_path / "s.jsonl", "--check", "0"]

@@ -76,7 +76,7 @@ def test_accuracy_rises_on_sums(chain, tmp_path):
     assert metrics["before"]["prompts"] == 25 and metrics["before"]["reward/accuracy"] == metrics["before"]["score"]
     assert metrics["after"]["score"] > metrics["before"]["score"]
     for measured in metrics.values():  # the same questions, asked by the two ways that there are
-        assert measured["accuracy"] == pytest.approx(measured["reward/accuracy"])
+        assert measured["answer_accuracy"] == pytest.approx(measured["reward/accuracy"])
         assert measured["answer_tokens"] == pytest.approx(measured["length"])
 
 

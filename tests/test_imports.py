@@ -63,7 +63,7 @@ MAY_IMPORT = {
     "stagekit.held_out": {
         *("eval_metrics", "stagekit.generation", "stagekit.prompts", "stagekit.rewards", "stagekit.tokenization"),
     },
-    "stagekit.export": {"stagekit.checkpoint", "stagekit.data"},
+    "stagekit.export": {"stagekit.checkpoint", "stagekit.commandline", "stagekit.data"},
     "stagekit.perplexity": {"stagekit.likelihood"},
     "stagekit.page": {"stagekit.commandline"},
     "stagekit.chat_tab": {"stagekit.generation", "stagekit.page", "stagekit.prompts"},
@@ -96,8 +96,8 @@ MAY_IMPORT = {
         *("stagekit.checkpoint", "stagekit.checks", "stagekit.held_out", "stagekit.modeling", "stagekit.tokenization"),
     },
     "stagekit.run": {
-        *("stagekit.checkpoint", "stagekit.checks", "stagekit.curves", "stagekit.data", "stagekit.formats"),
-        "stagekit.held_out",
+        *("stagekit.checkpoint", "stagekit.checks", "stagekit.commandline", "stagekit.curves", "stagekit.data"),
+        *("stagekit.formats", "stagekit.held_out"),
         *("stagekit.memory", "stagekit.modeling", "stagekit.pairs", "stagekit.prompts", "stagekit.tokenization"),
         "stagekit.trainers",
     },

@@ -236,7 +236,8 @@ def learnt(stage):
 
 def test_a_base_model_learns_the_answers_and_the_preference(from_base):
     stage = stage_of(from_base)
-    assert stage["stage"] == "orpo" and stage["parent"] is None
+    assert stage["stage"] == "orpo" and stage["parent"] is None and stage["hardware"]["device"] == "cpu"
+    assert stage["command"].startswith("python orpo_training.py --")
     learnt(stage)
 
 
@@ -250,6 +251,18 @@ def test_the_held_out_numbers_are_those_of_the_model(from_base, data, tiny_qwen3
             mean = sum(pair[name] for pair in expected) / len(expected)
             assert metrics[when][name] == pytest.approx(mean, rel=1e-5, abs=1e-6)
         assert metrics[when]["accuracy"] == sum(pair["margin"] > 0 for pair in expected) / len(expected)
+
+
+def test_answers_to_held_out_questions_do_not_replace_the_accuracy_of_pairs(data, tiny_qwen3, tmp_path):
+    rows = [{"prompt": f"{n} mg + 1 mg = ? mg", "chosen": f"{n + 1} mg", "rejected": f"{n} mg"} for n in range(6)]
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", rows)
+    flags = ("--validation_file_dir", held_out, "--eval_generation_samples", "3", "--eval_max_new_tokens", "4")
+    train(orpo_training, *orpo_flags(data, tiny_qwen3, tmp_path / "orpo", "--max_steps", "1", *flags))
+    metrics = stage_of(tmp_path / "orpo")["metrics"]["before"]
+    pairs = texts_of(held_out, AutoTokenizer.from_pretrained(tiny_qwen3))
+    right = sum(pair["margin"] > 0 for pair in parts_by_hand(load_by_hand(tiny_qwen3, None), pairs, 0.1))
+    assert right and metrics["accuracy"] == right / 6 and metrics["answer_accuracy"] == 0
+    assert metrics["accuracy_low"] < metrics["accuracy"] < metrics["accuracy_high"]
 
 
 def test_a_fine_tuned_model_learns_the_preference(data, tiny_qwen3, tmp_path):

@@ -1,5 +1,8 @@
 """scripts/run_pipeline.sh: what follows what, with a recorder in Python's place."""
 
+import hashlib
+import json
+
 import pytest
 from test_rounds import record
 
@@ -12,14 +15,16 @@ SCRIPTS = {
 RECORDER = """
 case $1 in -c) exec "{python}" "$@" ;; esac
 echo "$*" >>"{calls}"
-case "$*" in *"$FAIL"*) exit 7 ;; esac
+case "$*" in *"$FAIL"*) exit 7 ;; *"$NOT_FOR"*) exit 3 ;; esac
 script=$1
 while [ $# -gt 0 ]; do
     [ "$1" != --output_dir ] || out=$2
+    [ "$1" != --data_file ] || data=$2
     shift
 done
 case $script in
-    eval_benchmark.py) mkdir -p "$out"; echo {{}} >"$out/results.json" ;;
+    eval_benchmark.py) mkdir -p "$out"
+        echo '{{"settings": {{"data_file": "'"$data"'"}}, "tasks": {{}}}}' >"$out/results.json" ;;
     *.py) mkdir -p "$out"; echo '{{"base_model": {{"name_or_path": "a/b"}}}}' >"$out/stage.json" ;;
 esac
 """
@@ -28,7 +33,7 @@ esac
 @pytest.fixture
 def pipeline(tmp_path):
     """See record."""
-    return record(tmp_path, "scripts/run_pipeline.sh", RECORDER, OWN, BASE_MODEL="a/b")
+    return record(tmp_path, "scripts/run_pipeline.sh", RECORDER, OWN, BASE_MODEL="a/b", NOT_FOR="no such model")
 
 
 def names(calls):
@@ -49,11 +54,11 @@ def test_every_stage_is_trained_then_measured_then_reported(pipeline):
 def test_each_is_measured_on_the_same_data_and_scored_by_the_reward_model(pipeline):
     measured = [each for each in pipeline.run() if each["script"] == "eval_benchmark.py"]
     assert {each["data_file"] for each in measured} == {"data/eval"}
-    assert [each.get("lora_model") for each in measured] == [*(f"{pipeline.outputs}/{name}" for name in SCRIPTS), None]
+    # whether it is an adapter or, after --use_peft False, a whole model
+    assert [each["base_model"] for each in measured] == [*(f"{pipeline.outputs}/{name}" for name in SCRIPTS), "a/b"]
     assert [each["output_dir"] for each in measured] == [
         f"{pipeline.outputs}/{name}/eval" for name in (*SCRIPTS, "base")
     ]
-    assert measured[-1]["base_model"] == "a/b"
     scored = [each.get("reward_model") for each in measured]
     assert scored == [f"{pipeline.outputs}/rm" if name != "rm" else None for name in (*SCRIPTS, "base")]
 
@@ -66,6 +71,38 @@ def test_what_is_finished_is_not_done_again(pipeline):
     again = pipeline.run()
     assert names(again) == ["dpo_training.py", "eval_benchmark.py", "tools.report"]
     assert again[0]["overwrite_output_dir"] == "True"
+
+
+def test_other_data_are_measured_anew(pipeline, tmp_path):
+    data = tmp_path / "questions.jsonl"
+    data.write_text("{}")
+    own = {"STAGES": "sft dpo", "EVAL_DATA": str(data)}
+    pipeline.run(STAGES="sft dpo")
+    assert names(pipeline.run(**own)) == [*["eval_benchmark.py"] * 3, "tools.report"]
+    assert names(pipeline.run(**own)) == ["tools.report"]
+    results = {"settings": {"data_file": str(data)}}
+    results["tasks"] = {"q": {"data_file": str(data), "sha256": hashlib.sha256(b"{}").hexdigest()}}
+    (pipeline.outputs / "dpo/eval/results.json").write_text(json.dumps(results))
+    assert names(pipeline.run(**own)) == ["tools.report"]
+    data.write_text('{"more": 1}')
+    found = pipeline.run(**own)
+    assert names(found) == ["eval_benchmark.py", "tools.report"]
+    assert found[0]["base_model"] == f"{pipeline.outputs}/dpo"
+
+
+def test_what_the_data_hold_nothing_for_is_not_measured_and_the_rest_goes_on(pipeline):
+    calls = pipeline.run(NOT_FOR="/rm --data_file", STAGES="sft rm dpo")
+    assert names(calls)[3:] == [*["eval_benchmark.py"] * 4, "tools.report"]
+    line = f"pipeline: EVAL_DATA holds nothing for this kind of model; {pipeline.outputs}/rm/eval stays as it is"
+    assert line in pipeline.printed.splitlines()
+    assert not (pipeline.outputs / "rm/eval").exists() and (pipeline.outputs / "dpo/eval/results.json").exists()
+
+
+def test_directories_may_have_a_blank_in_their_name(pipeline, tmp_path):
+    root = tmp_path / "my outputs"
+    pipeline.run(DRY_RUN="1", OUTPUT_ROOT=str(root))
+    for flag, name in (("--base_model", "ppo"), ("--reward_model", "rm"), ("--output_dir", "ppo/eval")):
+        assert f"\n{flag}\n{root}/{name}\n" in pipeline.printed
 
 
 @pytest.mark.parametrize("failing", ["reward_modeling.py", "eval_benchmark.py", "tools.report"])

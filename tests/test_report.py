@@ -9,7 +9,6 @@ import base64
 import hashlib
 import html.parser
 import json
-import math
 import os
 import re
 import shutil
@@ -20,13 +19,13 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from conftest import ROOT
 
+from eval_benchmark import LABELS
 from stagekit import charts, report_text
 from stagekit.checkpoint import stage_fingerprint
 from stagekit.report import collect
-from stagekit.report_evaluations import add_intervals
 from stagekit.report_findings import compare, judge, write_lead
 from stagekit.report_page import render
-from stagekit.report_text import TEXT, both, show, show_bytes, show_parameters, show_seconds
+from stagekit.report_text import KINDS, TEXT, both, show, show_bytes, show_parameters, show_seconds
 from tools import report
 
 BASE = {"name_or_path": "Qwen/Qwen3-0.6B-Base", "revision": None, "fingerprint": "sha256:base"}
@@ -340,6 +339,22 @@ def test_another_reward_model_spoils_the_reward_alone(chain):
     assert [warning["settings"] for warning in facts["warnings"]] == ["reward_model"]
 
 
+@pytest.mark.parametrize(
+    ("marks", "outcome"), [(("sha256:a", "sha256:a"), "better"), (("sha256:a", "sha256:b"), None)]
+)
+def test_a_reward_model_is_known_by_its_fingerprint_and_not_by_its_path(chain, marks, outcome):
+    for name, mark, path in zip(
+        ("sft", "ppo"), marks, ("rm", "rm" if marks[0] != marks[1] else "/moved/rm"), strict=True
+    ):
+        tasks = questions((12, 11, 13), reward=metric(1 if name == "sft" else 5, 0, 1.5 if name == "sft" else 6))
+        tasks["questions"][1]["reward"]["low"] = tasks["questions"][1]["reward"]["value"] - 0.5
+        settings = {**SETTINGS, "reward_model": path, "reward_fingerprints": ["sha256:base", mark]}
+        write_evaluation(chain / name / "eval", tasks, settings=settings)
+    facts = facts_of(chain)
+    assert column_of(facts, "questions/reward")["cells"]["ppo"]["outcome"] == outcome
+    assert [warning["settings"] for warning in facts["warnings"]] == ([] if outcome else ["reward_model"])
+
+
 def test_rows_that_training_has_seen_are_told(chain):
     write_evaluation(
         chain / "sft/eval", {"mine": ("choice", {"accuracy_generation": metric(1)}, {"seen_in_training": 7})}
@@ -370,28 +385,14 @@ def test_the_command_that_measures_what_is_missing_is_shown(chain):
     assert f"--lora_model {chain}/sft" not in commands
 
 
-def test_a_mean_without_an_interval_gets_that_of_its_rows():
-    rows = [{"new_tokens": value} for value in range(1, 11)]
-    found = add_intervals({"answer_tokens": metric(5.5, n=10), "repetition": metric(0.1)}, rows)
-    # 1, …, 10: variance 55/6, so 1.96 * sqrt(55/6/10) = 1.8766
-    assert found["answer_tokens"]["low"] == pytest.approx(5.5 - 1.8766, abs=1e-4)
-    assert found["answer_tokens"]["high"] == pytest.approx(5.5 + 1.8766, abs=1e-4)
-    assert found["answer_tokens"]["from_rows"] == 10 and "low" not in found["repetition"]
-    assert "low" not in add_intervals({"answer_tokens": metric(5)}, rows[:9])["answer_tokens"], "too few rows"
-    kept = add_intervals({"answer_tokens": metric(5.5, 5, 6)}, rows)["answer_tokens"]
-    assert (kept["low"], "from_rows" in kept) == (5, False), "its own interval stays"
-
-
-def test_the_interval_of_a_perplexity_is_that_of_a_ratio_of_sums():
-    # ten texts of 2 tokens: 3 or 5 nats each, so 2 nats a token; deviations of 1 nat: 1.96 * sqrt(10/9 * 10) / 20
-    rows = [{"nll": 3 if place % 2 else 5, "tokens": 2, "bytes": 8} for place in range(10)]
-    found = add_intervals({"perplexity": metric(math.exp(2), n=20)}, rows)["perplexity"]
-    half = 1.96 * math.sqrt(100 / 9) / 20
-    assert (found["low"], found["high"]) == pytest.approx((math.exp(2 - half), math.exp(2 + half)))
-    # longer texts weigh more: 10 * (1 + 9) nats over 10 * (1 + 3) tokens
-    rows = [{"nll": 1.0, "tokens": 1} for _ in range(10)] + [{"nll": 9.0, "tokens": 3} for _ in range(10)]
-    found = add_intervals({"perplexity": metric(math.exp(2.5))}, rows)["perplexity"]
-    assert math.sqrt(found["low"] * found["high"]) == pytest.approx(math.exp(2.5))
+def test_a_mean_without_an_interval_is_shown_and_not_compared(chain):
+    rows = [row(place, f"{place}?", new_tokens=place) for place in range(12)]
+    for name, length in (("sft", 5.5), ("ppo", 50.5)):
+        tasks = questions((12, 11, 13), answer_tokens=metric(length))
+        write_evaluation(chain / name / "eval", tasks, {"questions": rows})
+    cell = column_of(facts_of(chain), "questions/answer_tokens")["cells"]["ppo"]
+    assert (cell["value"], "low" in cell, cell["outcome"]) == (50.5, False, None)
+    assert "no interval" in page_of(facts_of(chain))
 
 
 # -- what is claimed -------------------------------------------------------------------------------------------------
@@ -457,6 +458,24 @@ def test_a_measure_is_named_with_its_file_where_two_files_have_it(chain):
 def test_a_reward_model_is_praised_only_above_chance(chain, interval, expected):
     write_evaluation(chain / "rm/eval", {"preferences": ("pairs", {"pair_accuracy": metric(*interval)})})
     assert sentences(facts_of(chain)).get("gains") == expected
+
+
+def test_a_reward_model_that_is_not_above_chance_says_nothing_of_a_change(chain):
+    write_evaluation(chain / "rm/eval", {"preferences": ("pairs", {"pair_accuracy": metric(0.55, 0.45, 0.65)})})
+    write_evaluation(chain / "sft/eval", questions((12, 11, 13)))
+    write_evaluation(chain / "ppo/eval", questions((16, 15, 17)))
+    assert set(sentences(facts_of(chain))) == {"gains"}
+
+
+def test_answers_and_pairs_that_a_stage_measured_of_itself_are_told_apart(chain):
+    after = {"accuracy": 0.9, "accuracy_low": 0.8, "accuracy_high": 0.95, "answer_accuracy": 0.25, "pairs": 64}
+    before = {**after, "accuracy": 0.4, "accuracy_low": 0.3, "accuracy_high": 0.5, "answer_accuracy": 0.125}
+    write_stage(chain / "orpo", "orpo", chain / "sft", metrics={"before": before, "after": after})
+    facts = facts_of(chain)
+    assert sentences(facts)["gains"].endswith("pairs in the right order from 40.0% to 90.0%.")
+    page = page_of(facts)
+    row = page[page.index("accuracy on verifiable questions") :]
+    assert "pairs in the right order" in page and "25.0%" in row[: row.index("</tr>")]
 
 
 def test_what_training_measured_of_itself_counts_where_nothing_else_was_measured(chain):
@@ -605,6 +624,14 @@ def test_a_damaged_file_ends_with_one_line_that_names_it(chain, name, content):
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"report: error: {chain}/ppo/{name}:")
     assert not (chain / "report.html").exists()
+
+
+@pytest.mark.parametrize("content", ['{"results": {}, "format": 9}', '{"acc": 0.5}', "[1, 2]"])
+def test_results_of_other_programs_are_none_of_ours(chain, content):
+    (chain / "harness").mkdir()
+    (chain / "harness/results.json").write_text(content, encoding="utf-8")
+    write_evaluation(chain / "sft/eval", questions((12, 11, 13)))
+    assert list(column_of(facts_of(chain), "questions/rougeL")["cells"]) == ["sft"]
 
 
 def test_the_line_of_a_damaged_row_is_named(chain):
@@ -783,6 +810,11 @@ def test_every_text_is_used_and_every_text_that_is_used_exists():
     unused = [key for key in TEXT if f'"{key}"' not in used and not key.startswith(built) and key not in sections]
     assert not unused
     assert set(re.findall(r'\bt\("(\w+)"(?! ~)', used)) <= set(TEXT)
+
+
+def test_every_measure_is_shown_in_one_way():
+    assert set(report_text.MEASURES) <= set(KINDS) and set(LABELS) <= set(KINDS)
+    assert {kind for kind in KINDS.values()} == {"share", "tenth", "signed", "number"}
 
 
 def test_the_checks_that_stages_make_are_all_explained():

@@ -166,10 +166,11 @@ def main():
 def forget_origin(directory: Path) -> None:
     """The random weights it started from are gone: in stage.json the starter is its own base."""
     from stagekit.checkpoint import base_fingerprint, write_stage
+    from stagekit.commandline import command_line
 
     stage = json.loads((directory / "stage.json").read_text(encoding="utf-8"))
     stage["base_model"] = {"name_or_path": ".", "revision": None, "fingerprint": base_fingerprint(str(directory))}
-    stage["command"] = "python -m tools.build_starter_model " + " ".join(sys.argv[1:])
+    stage["command"] = command_line("python -m tools.build_starter_model")
     write_stage(directory, stage)
 
 

@@ -14,10 +14,9 @@ Differences between stages are claimed only where 95 % intervals do not overlap.
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-from stagekit.commandline import Parser, run
+from stagekit.commandline import Parser, command_line, run
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,11 +44,11 @@ def main(args: argparse.Namespace) -> None:
     from stagekit.journal import write_whole
     from stagekit.report import collect
     from stagekit.report_findings import judge
-    from stagekit.report_page import command_of, render
+    from stagekit.report_page import render
 
     facts = judge(collect(args.directory, args.questions))
     json_path = args.output.with_suffix(".json")
-    page = render(facts, args.language, command_of(sys.argv[1:]), json_path.name)
+    page = render(facts, args.language, command_line("python -m tools.report"), json_path.name)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     write_whole(json_path, json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write_whole(args.output, page)
