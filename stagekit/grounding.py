@@ -13,9 +13,9 @@ from dataclasses import replace
 from stagekit.documents import split_sentences
 from stagekit.retrieval import Index, Passage
 
+TOP_K = 5  # passages given to the model
 # benchmarks/results/rag_recall.md: refuses two thirds of the questions about something else and none that a passage of
 # its language answers. What is near the subject and yet not in the documents passes; the model has to say so.
-TOP_K = 5
 MIN_SCORE = 0.1
 MIN_COSINE = 0.6  # not measured: what is near depends on the embedding model
 RULES = {

@@ -97,8 +97,8 @@ def _try_continuous(loaded, at_once):
         return engine, None
     if engine is not None:
         engine.stop()
-    # Only a manager that was started puts it back, and only if no other was made before it.
-    model.set_attn_implementation(attention)
+    if model.config._attn_implementation != attention:  # a manager puts back what it found, once it was started
+        model.set_attn_implementation(attention)
     return None, reason
 
 
@@ -283,7 +283,7 @@ class Continuous:
                 ),
             )
             if self.model.config._attn_implementation == "paged|eager":
-                raise ValueError("its attention is eager alone, which cannot be proven right")
+                raise ValueError("its attention is eager alone: paged, no plain forward pass compares with it")
             greedy = _Greedy()
             manager.logit_processor.logits_processor.insert(0, greedy)
             manager.logit_processor.supported_keys.update(greedy.supported_kwargs)

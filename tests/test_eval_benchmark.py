@@ -400,10 +400,15 @@ def test_an_interrupted_run_asks_only_what_is_missing(done, sft, data, tmp_path,
 
 
 def test_a_journal_of_other_settings_is_refused(sft, data, tmp_path, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+    answered, batches = measuring.generate_batch, []
 
-    flags = ("--lora_model", sft, "--data_file", data / "questions.jsonl", "--max_new_tokens")
+    def interrupted(*args):
+        batches.append(1)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return answered(*args)
+
+    flags = ("--lora_model", sft, "--data_file", data / "questions.jsonl", "--batch_size", 1, "--max_new_tokens")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(measuring, "generate_batch", interrupted)
         measure(tmp_path, *flags, 24)

@@ -87,10 +87,7 @@ def test_abbreviations_are_refused(capsys):
         (["--base_model", "b", "--interactive", "--only_cpu", "--gpus", "0"], "--only_cpu and --gpus exclude"),
         (["--base_model", "b", "--interactive", "--load_in_4bit", "--load_in_8bit"], "exclude each other"),
         (["--base_model", "b", "--interactive", "--temperature", "-1"], "--temperature -1.0"),
-        (
-            ["--base_model", "b", "--interactive", "--temperature", "1e-40"],
-            "--temperature 1e-40 must be 0 (greedy) or",
-        ),
+        (["--base_model", "b", "--interactive", "--temperature", "1e-40"], "--temperature 1e-40 must be 0"),
         (["--base_model", "b", "--interactive", "--output_file", "o"], "--output_file belongs to --data_file"),
         (["--base_model", "b", "--interactive", "--batch_size", "4"], "--batch_size belongs to --data_file"),
         (["--base_model", "b", "--interactive", "--top_p", "0"], "--top_p 0.0"),
@@ -475,10 +472,11 @@ def test_a_partial_of_other_settings_is_refused(flags, named, outputs, tmp_path,
     base = shutil.copytree(outputs / "base", tmp_path / "base")
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "a"}])
     common = ["--base_model", base, "--data_file", path]
-    # As if interrupted behind the first answer.
-    monkeypatch.setattr(
-        prediction, "predict", lambda loaded, settings, prompts, journal, args: journal.add({"index": 0})
-    )
+
+    def interrupted(loaded, settings, prompts, journal, args):
+        journal.add({"index": 0})
+
+    monkeypatch.setattr(prediction, "predict", interrupted)
     with pytest.raises(FileNotFoundError):
         predict(tmp_path, *common, "--max_new_tokens", "8")
     if flags == ["retrained"]:

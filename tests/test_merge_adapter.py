@@ -334,7 +334,7 @@ def test_the_record_says_what_was_merged(outputs, merged):
     assert stage["parent"] == {"path": "../sft", "stage": "sft", "fingerprint": fingerprint}
     assert stage["tuning"]["adapters"] == [{"path": "../sft", "fingerprint": fingerprint}]
     assert stage["template"] == parent["template"] and stage["metrics"] == parent["metrics"]
-    assert stage["command"].startswith("python -m tools.merge_adapter ")
+    assert stage["command"].startswith("python -m tools.merge_adapter")
     assert stage["checks"]["merge_is_exact"]["same_top"] == stage["checks"]["merge_is_exact"]["positions"] > 100
     assert resolve(str(merged)).adapter is None  # which also compares every file with its hash
 

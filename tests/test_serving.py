@@ -138,7 +138,7 @@ def test_a_model_with_eager_attention_alone_is_refused_for_that_reason_and_answe
     engine = start(loaded, 3)
     assert isinstance(engine, serving.OneByOne)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "stagekit.serving"]
-    assert line.endswith("one after the other: ValueError: its attention is eager alone, which cannot be proven right")
+    assert "one after the other: ValueError: its attention is eager alone" in line
     ids = encode_prompt(loaded.chat, [said("user", "rest")])
     answers = ask_all(engine, loaded, [ids], greedy(loaded, max_new_tokens=12))
     assert [(text, number) for text, _, number in answers] == [greedy_by_hand(loaded, ids, 12)]
