@@ -188,9 +188,9 @@ class Index:
 
 
 def test_what_is_found_is_asked_about_with_the_questions_before_it():
-    index, history = Index(ONE, TWO), [said("user", "Before?"), said("assistant", "Yes.")]
+    index, history = Index(HOSTILE, TWO), [said("user", "Before?"), said("assistant", "Yes.")]
     found = ground(index, "Now?", history, count_words, lambda: 1000, top_k=1, escape=True)
-    assert found == build_messages("Now?", history, [ONE], count_words, 1000, escape=True)
+    assert found == build_messages("Now?", history, [HOSTILE], count_words, 1000, escape=True)
     assert index.asked == [("Now?", 1, ["Before?"])]
     with pytest.raises(TooLong):
         ground(index, "Now?", history, count_words, lambda: 20)
