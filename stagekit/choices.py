@@ -2,21 +2,27 @@
 its answer is read. No files, no model.
 
 Read are CMB, CMExam, MedQA, MedMCQA, PubMedQA, C-Eval, CMMLU and MMLU in the forms they are published in, and the
-plain {"question", "options": {"A": …}, "answer": "B" or "ACD", "subject", "language"}.
+plain {"question", "options": {"A": …}, "answer": "B" or "ACD", "subject", "language", "explanation"}. Training and
+evaluation read them here alike.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from functools import lru_cache
 from itertools import combinations
 
-from stagekit.formats import RowError
+from stagekit.dialogues import is_missing, is_number
+from stagekit.records import WORDS, Choice, RowError, shown
 from stagekit.rewards import plain, read_choice, read_polarity, reference_letters, split_thinking
 
 LETTERS = "ABCDEFGHIJK"  # as many options as rewards.read_choice knows
-WORDS = ("yes", "no", "maybe")  # the options of PubMedQA, which have no letters
 MAX_SEVERAL = 8  # options of a question with several right ones: 255 sets of letters to compare
+MAX_OPTION_CHARS = 10_000  # a longer one is a mistake, and would be made a pattern of
 SUBJECT_KEYS = ("subject", "exam_subject", "subject_name", "medical discipline", "meta_info")
 ANSWER_KEYS = ("answer_idx", "answer", "answerkey", "label", "cop")
+HOLDERS = ("options", "option", "choices", "final_decision")  # where options stand, or what stands for them
+COLUMNS = (("opa", "opb"), ("ending0", "ending1"), ("a", "b"))  # the first two fields of options in columns
+EXPLANATION_KEYS = ("explanation", "exp", "long_answer", "rationale")
 INSTRUCTIONS = {  # by language and kind; none forbids to think aloud, and none shows a letter that could be copied
     ("zh", "one"): "请回答正确选项的字母。",
     ("zh", "several"): "本题有不止一个正确选项，请把正确选项的字母连在一起回答。",
@@ -27,65 +33,59 @@ INSTRUCTIONS = {  # by language and kind; none forbids to think aloud, and none 
 }
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A question with options and a key.
-
-    Attributes:
-        question: with the context it is about, if it has one.
-        options: text by letter, in order; for questions answered with a word, each word by itself.
-        answer: the letters of the right options, in order ("B", "ACD"), or the word.
-        several: the exam says that more than one option is right; then only the exact set of letters is right.
-        subject: as the record names it, or None.
-        language: "zh" or "en".
-    """
-
-    question: str
-    options: dict[str, str]
-    answer: str
-    several: bool
-    subject: str | None
-    language: str
-
-    @property
-    def has_letters(self) -> bool:
-        return tuple(self.options) != WORDS
-
-
 # -- records ---------------------------------------------------------------------------------------------------------
 
 
 def is_choice(record: object) -> bool:
     """Whether a record is a question with options of its own, rather than options inside the question's text."""
-    fields = _fields(record)
-    if not ("question" in fields or "sent1" in fields):
+    if not isinstance(record, dict) or not _may_be_choice(tuple(record)):
         return False
-    return (
-        any(fields.get(name) is not None for name in ("options", "option", "choices", "final_decision"))
-        or {"opa", "opb"} <= fields.keys()
-        or {"ending0", "ending1"} <= fields.keys()
-        or {"a", "b"} <= fields.keys()
-    )
+    fields = _fields(record)
+    in_columns = any(first in fields and second in fields for first, second in COLUMNS)
+    return in_columns or any(not is_missing(fields.get(name)) for name in HOLDERS)
 
 
-def first_option(records: list[object]) -> int | None:
+@lru_cache(maxsize=1024)
+def _may_be_choice(names):
+    """Whether records with these field names can be choices; asked for every row, and files repeat their names."""
+    fields = {str(name).strip().lower() for name in names}
+    asked = "question" in fields or "sent1" in fields
+    return asked and (not fields.isdisjoint(HOLDERS) or any(fields.issuperset(pair) for pair in COLUMNS))
+
+
+def first_option(records: Iterable[object]) -> int | None:
     """The number that stands for option A in a file's `cop` fields (MedMCQA: 0 on the hub, 1 in the original files).
+
+    Args:
+        records: of one file, in any order; reading stops at the first 0, which settles it.
 
     Returns:
         0 or 1; None where no record has such a field, or where the numbers allow both.
     """
-    values = [_fields(record).get("cop") for record in records]
-    numbers = {number for value in values if (number := _number(value)) is not None and number >= 0}
-    return 0 if 0 in numbers else 1 if 4 in numbers else None
+    found = None
+    for record in records:
+        number = _number(_fields(record).get("cop"))
+        if number == 0:
+            return 0
+        if number == 4:  # does not settle it: of five options it may be the last, counted from 0
+            found = 1
+    return found
 
 
-def to_choice(record: dict, first: int | None = None, subject: str | None = None) -> Choice:
+def needs_first_option(record: object) -> bool:
+    """Whether the key of a record is a number that only the whole file explains; first_option finds out."""
+    number = _number(_fields(record).get("cop")) if is_choice(record) else None
+    return number is not None and number >= 0
+
+
+def to_choice(record: dict, first: int | None = None, subject: str | None = None, to_measure: bool = True) -> Choice:
     """Read one record of any of the known forms.
 
     Args:
         record: what the file holds.
         first: what `first_option` found or the user said; needed for records with a `cop` field.
         subject: for records that name none.
+        to_measure: the key must be there, and the sets of letters few enough to compare; to learn from, neither.
 
     Raises:
         RowError: not a question with options, or a key that is missing or names no option.
@@ -93,20 +93,23 @@ def to_choice(record: dict, first: int | None = None, subject: str | None = None
     if not is_choice(record):
         raise RowError("expected a question with options and a key, such as question, options {A: …, B: …}, answer")
     fields = _fields(record)
-    question = _question(fields)
-    named = next((str(fields[key]) for key in SUBJECT_KEYS if fields.get(key) not in (None, "")), subject)
+    question = question_of(fields)
+    named = next((str(fields[key]) for key in SUBJECT_KEYS if _is_name(fields.get(key))), subject)
     language = fields.get("language") if fields.get("language") in ("zh", "en") else _language(question)
-    if "final_decision" in fields:
-        answer = str(fields["final_decision"]).strip().lower()
+    explanation = next((fields[key].strip() for key in EXPLANATION_KEYS if _is_text(fields.get(key))), "")
+    if not is_missing(fields.get("final_decision")):
+        decision = fields["final_decision"]
+        answer = decision.strip().lower() if isinstance(decision, str) else ""
         if answer not in WORDS:
-            raise RowError(f"final_decision {fields['final_decision']!r} is none of {', '.join(WORDS)}")
-        return Choice(question, {word: word for word in WORDS}, answer, False, named, language)
+            raise RowError(f"final_decision {shown(decision)} is none of {', '.join(WORDS)}")
+        return Choice(question, {word: word for word in WORDS}, answer, False, named, language, explanation)
     options, labels = _options(fields)
-    answer = _answer(fields, options, labels, first)
-    several = len(answer) > 1 or "多" in str(fields.get("question_type") or "")
-    if several and len(options) > MAX_SEVERAL:
+    answer = _answer(fields, options, labels, first, to_measure)
+    kind = fields.get("question_type")
+    several = len(answer) > 1 or (isinstance(kind, str) and "多" in kind)
+    if to_measure and several and len(options) > MAX_SEVERAL:
         raise RowError(f"{len(options)} options with several right ones; {MAX_SEVERAL} are the most")
-    return Choice(question, options, answer, several, named, language)
+    return Choice(question, options, answer, several, named, language, explanation)
 
 
 def _fields(record):
@@ -114,15 +117,28 @@ def _fields(record):
     return {str(key).strip().lower(): value for key, value in record.items()} if isinstance(record, dict) else {}
 
 
-def _question(fields):
+def _is_text(value):
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_name(value):
+    return _is_text(value) or is_number(value)
+
+
+def question_of(fields: dict) -> str:
+    """The question of a record, with the paragraphs it is about in front; field names are in lower case.
+
+    Raises:
+        RowError: it is empty, or one of them is no text.
+    """
     question = fields.get("question")
     if question is None:  # MedQA in the form of the SWAG data set
-        question = " ".join(str(fields[key]) for key in ("sent1", "sent2") if fields.get(key))
-    if not isinstance(question, str) or not question.strip():
+        question = " ".join(fields[key] for key in ("sent1", "sent2") if _is_text(fields.get(key)))
+    if not _is_text(question):
         raise RowError("the question is empty or not a string")
     context = fields.get("context", fields.get("contexts"))
     context = context.get("contexts") if isinstance(context, dict) else context
-    paragraphs = [context] if isinstance(context, str) else [] if context is None else context
+    paragraphs = [context] if isinstance(context, str) else [] if is_missing(context) else context
     if not isinstance(paragraphs, list) or not all(isinstance(paragraph, str) for paragraph in paragraphs):
         raise RowError("the context must be a string or a list of strings")
     return "\n".join([*(paragraph.strip() for paragraph in paragraphs if paragraph.strip()), question.strip()])
@@ -138,26 +154,37 @@ def _options(fields):
     Empty options, which fill up a fixed number of columns, are left out.
     """
     labels = None
-    found = next((fields[key] for key in ("options", "option", "choices") if fields.get(key) is not None), None)
+    found = next((fields[key] for key in HOLDERS[:3] if not is_missing(fields.get(key))), None)
     if isinstance(found, dict) and isinstance(found.get("text"), list):  # ARC's {"text": […], "label": […]}
         labels, found = found.get("label"), found["text"]
     if isinstance(found, str):
         found = _split_options(found)
     elif isinstance(found, list) and all(isinstance(item, dict) for item in found):
-        found = {item.get("key"): item.get("value") for item in found}
+        found = {str(item.get("key"))[:9]: item.get("value") for item in found}
     elif found is None:
         found = _columns(fields)
     if isinstance(found, list):
         found = dict(zip(LETTERS, _without_letters(found), strict=False)) if len(found) <= len(LETTERS) else None
     if not isinstance(found, dict):
         raise RowError(f"the options cannot be read; expected at most {len(LETTERS)} as an object, a list or a string")
-    found = {str(key).strip().upper(): value for key, value in found.items()}
-    options = {key: str(value).strip() for key, value in found.items() if value is not None and str(value).strip()}
+    texts = {str(key).strip().upper(): _option_text(value) for key, value in found.items()}
+    options = {key: text for key, text in texts.items() if text}
     if len(options) < 2 or not all(len(key) == 1 and key in LETTERS for key in options):
-        raise RowError(f"expected two or more options named A to {LETTERS[-1]}, got {sorted(options) or 'none'}")
+        names = shown(sorted(options)) if options else "none"
+        raise RowError(f"expected two or more options named A to {LETTERS[-1]}, got {names}")
     named = labels if isinstance(labels, list) else LETTERS
     labels = {str(name).strip(): letter for name, letter in zip(named, LETTERS, strict=False) if letter in options}
     return dict(sorted(options.items())), labels
+
+
+def _option_text(value):
+    if isinstance(value, str):
+        return value.strip()
+    if is_missing(value):
+        return ""
+    if not is_number(value) and not isinstance(value, bool):
+        raise RowError(f"an option must be text, got {type(value).__name__}")
+    return str(value)
 
 
 def _columns(fields):
@@ -169,10 +196,10 @@ def _columns(fields):
 
 def _split_options(text):
     """Cut "A xx\\nB yy" or "A. xx B. yy" into a dict; marks count only in the order of the alphabet."""
-    for mark in (r"(?:^|\n)\s*([A-K])(?:\s*[.、:：)．]|\s)", r"(?:^|\s)([A-K])\s*[.、:：)．]"):
+    for mark in (r"(?:^|\n)[^\S\n]*([A-K])(?:\s*[.、:：)．]|\s)", r"(?:^|\s)([A-K])\s*[.、:：)．]"):
         places = []
         for found in re.finditer(mark, text):
-            if found[1] == LETTERS[len(places)]:
+            if len(places) < len(LETTERS) and found[1] == LETTERS[len(places)]:
                 places.append(found)
         if len(places) > 1:
             ends = [*(place.start() for place in places[1:]), len(text)]
@@ -180,42 +207,54 @@ def _split_options(text):
     return None
 
 
-def _without_letters(texts):
+def _without_letters(options):
     """Options of a list, without the letters that some lists repeat: ["A. xx", "B. yy"]."""
-    texts = [str(text) for text in texts]
+    texts = [_option_text(option) for option in options]
     marks = [re.match(rf"\s*{letter}\s*[.、:：)．]", text) for letter, text in zip(LETTERS, texts, strict=False)]
     return [text[mark.end() :] for text, mark in zip(texts, marks, strict=True)] if all(marks) else texts
 
 
 def _number(value):
     """An integer, also one written as text; None for anything else."""
-    if isinstance(value, bool) or not re.fullmatch(r"-?\d{1,3}(\.0)?", str(value).strip()):
-        return None
-    return int(float(value))
+    text = str(value).strip() if is_number(value) else value.strip() if isinstance(value, str) else ""
+    return int(float(text)) if len(text) < 9 and re.fullmatch(r"-?\d{1,3}(\.0)?", text) else None
 
 
-def _answer(fields, options, labels, first):
-    key = next((key for key in ANSWER_KEYS if fields.get(key) not in (None, "", [])), None)
+def _answer(fields, options, labels, first, to_measure):
+    """The letters of the key; "" where there is none and none is needed."""
+    key = next((key for key in ANSWER_KEYS if _is_filled(fields.get(key))), None)
     if key is None:
+        if not to_measure:
+            return ""
         raise RowError(f"no key: none of the fields {', '.join(ANSWER_KEYS)} is filled (a test set without answers?)")
+    value = fields[key]
+    if key == "cop" and _number(value) == -1 and not to_measure:  # MedMCQA's test set
+        return ""
     counts = key == "cop" or "ending0" in fields  # there a number is a place, also where it is written as text
-    items = fields[key] if isinstance(fields[key], list) else [fields[key]]
+    items = value if isinstance(value, list) else [value]
     return "".join(sorted(frozenset().union(*(_letters(key, item, options, labels, counts, first) for item in items))))
 
 
 def _letters(key, value, options, labels, counts, first):
     """The letters that a key stands for: by the name of an option, by its text, or by its place."""
-    text, number = plain(str(value)).strip(), _number(value)
+    text = plain(value).strip() if isinstance(value, str) else str(value) if is_number(value) else ""
+    number = _number(value)
     if text in labels:
         return frozenset(labels[text])
     if number is None or (isinstance(value, str) and not counts):
-        letters = reference_letters(text, {name: plain(text) for name, text in options.items()})
+        # "ACE" may also be the text of an option, which rewards.reference_letters looks for
+        texts = {option.strip(" .").upper() for option in options.values()} if len(text) > 1 else ()
+        if text and set(text) <= options.keys() and (key == "answer_idx" or text not in texts):
+            return frozenset(text)
+        letters = None
+        if max(len(text), *map(len, options.values())) <= MAX_OPTION_CHARS:
+            letters = reference_letters(text, {name: plain(option) for name, option in options.items()})
         if not letters and re.fullmatch("[a-k]", text):
             letters = frozenset(text.upper()) & options.keys()
         if letters:
             return letters
     if number is None:
-        raise RowError(f"{key} {value!r} names none of the options {', '.join(options)}")
+        raise RowError(f"{key} {shown(value)} names none of the options {', '.join(options)}")
     if key == "cop" and first is None:
         raise RowError(
             "cop: 0 stands for option A on the hub and 1 in MedMCQA's original files, and the numbers of this "
@@ -223,19 +262,41 @@ def _letters(key, value, options, labels, counts, first):
         )
     place = number - (first if key == "cop" else 0)
     if not 0 <= place < len(LETTERS) or LETTERS[place] not in options:
-        raise RowError(f"{key} {value!r} names none of the {len(options)} options")
+        raise RowError(f"{key} {shown(value)} names none of the {len(options)} options")
     return frozenset(LETTERS[place])
+
+
+def _is_filled(value):
+    return not (is_missing(value) or value == [] or (isinstance(value, str) and not value.strip()))
 
 
 # -- questions and answers -------------------------------------------------------------------------------------------
 
 
+def options_text(choice: Choice) -> str:
+    """The options, one a line; "" for a question that is answered with a word."""
+    return "\n".join(f"{letter}. {text}" for letter, text in choice.options.items()) if choice.has_letters else ""
+
+
 def question_text(choice: Choice) -> str:
     """What the model is asked: the question, its options, one a line, and in which form to answer."""
-    if not choice.has_letters:
-        return f"{choice.question}\n{INSTRUCTIONS[choice.language, 'words']}"
-    options = "\n".join(f"{letter}. {text}" for letter, text in choice.options.items())
-    return f"{choice.question}\n{options}\n{INSTRUCTIONS[choice.language, 'several' if choice.several else 'one']}"
+    kind = "words" if not choice.has_letters else "several" if choice.several else "one"
+    parts = (choice.question, options_text(choice), INSTRUCTIONS[choice.language, kind])
+    return "\n".join(part for part in parts if part)
+
+
+def answer_text(choice: Choice) -> str:
+    """What a model learns to answer: what question_text asks for, the text of the options, why they are right.
+
+    "C. Skin", or for several "AC" with a line for each option, or a word; the explanation behind an empty line. It
+    begins with the letters that are asked for, so that read_answer and the likelihood of the candidates agree.
+    """
+    chosen = [f"{letter}. {choice.options[letter]}" for letter in choice.answer] if choice.has_letters else []
+    if not chosen:
+        answer = choice.answer
+    else:
+        answer = chosen[0] if len(chosen) == 1 else "\n".join([choice.answer, *chosen])
+    return "\n\n".join(part for part in (answer, choice.explanation) if part)
 
 
 def candidates(choice: Choice) -> list[str]:

@@ -1,94 +1,86 @@
-"""From whatever a data file holds to one canonical record. Pure functions: no files, no tokens.
+"""From whatever a data file holds to one canonical record (records.py). Pure functions: no files, no tokens.
 
-A record is recognised by its keys; the first adapter of ADAPTERS whose test matches reads it. To add one, write
+A record is recognised by its fields; the first adapter of ADAPTERS whose test matches reads it. To add one, write
 `is_x` and `read_x` beside the others and a line in ADAPTERS, in the place its test needs.
 """
 
-import json
 import re
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-# Spellings of the roles in ShareGPT, OpenAI, FastChat, ms-swift, OpenAssistant and older medical sets.
-ROLES = {
-    **dict.fromkeys(("user", "human", "prompter", "customer", "question", "问", "患者"), "user"),
-    **dict.fromkeys(
-        ("assistant", "gpt", "chatgpt", "bot", "bing", "bard", "model", "moss", "belle", "answer", "答", "医生"),
-        "assistant",
-    ),
-    **dict.fromkeys(("system", "system_prompt", "meta_instruction"), "system"),
-    **dict.fromkeys(("tool", "observation", "observations", "function_response", "ipython"), "tool"),
-    **dict.fromkeys(("function_call", "tool_call"), "tool_call"),
-}
-SYSTEM_KEYS = ("system", "system_prompt", "meta_instruction")
-MESSAGE_KEYS = ("conversations", "messages", "conversation", "items")
-PROMPT_KEYS = ("prompt", "question", "instruction", "query")
+from stagekit.choices import is_choice, question_of, to_choice
+from stagekit.comparisons import (
+    CHOSEN_KEYS,
+    RANKED_KEYS,
+    REJECTED_KEYS,
+    is_conversation_preference,
+    is_preference,
+    is_ranking,
+    is_transcript_preference,
+    read_conversation_preference,
+    read_preference,
+    read_ranking,
+    read_transcript_preference,
+)
+from stagekit.dialogues import (
+    MESSAGE_KEYS,
+    check_prompt,
+    check_turns,
+    is_missing,
+    is_number,
+    read_messages,
+    read_tools,
+    with_system,
+    with_thoughts,
+)
+from stagekit.fields import (
+    INSTRUCTION_KEYS,
+    PROMPT_KEYS,
+    REFERENCE_KEYS,
+    TEXT_KEYS,
+    answer_of,
+    any_prompt,
+    assistant,
+    is_conversation,
+    is_stepwise,
+    messages_of,
+    optional_text,
+    prompt_of,
+    text_of,
+)
+from stagekit.records import (
+    Canonical,
+    Choice,
+    Conversation,
+    Message,
+    Question,
+    Repairs,
+    RowError,
+    Rubric,
+    Text,
+    Tree,
+    Unused,
+    shown,
+)
+from stagekit.transcripts import (
+    MOSS_TURN,
+    is_embedded,
+    read_columns,
+    read_embedded,
+    read_list,
+    read_moss_002,
+    read_moss_003,
+)
+from stagekit.trees import is_tree, read_tree
 
-
-class RowError(ValueError):
-    """A record that cannot be read; the text says what is wrong and what was expected."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Running text for pretraining."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """Messages in the order system?, then user/tool and assistant in turns, ending with assistant."""
-
-    messages: list[dict]
-    tools: list[dict] | None = None
-
-
-@dataclass(frozen=True)
-class Preference:
-    """A prompt (messages ending with user or tool) and two continuations of it, better and worse.
-
-    `margin` says by how much it is better, on whatever scale the data has; None where the data does not say.
-    """
-
-    prompt: list[dict]
-    chosen: list[dict]
-    rejected: list[dict]
-    tools: list[dict] | None = None
-    margin: float | None = None
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """A prompt and several answers to it (each a list of messages) with their ranks: 0 is best, equal ranks tie."""
-
-    prompt: list[dict]
-    answers: list[list[dict]]
-    ranks: list[int]
-    tools: list[dict] | None = None
-
-    def pairs(self) -> list[Preference]:
-        """Every pair of answers of which one is better, best first."""
-        order = sorted(range(len(self.ranks)), key=lambda index: self.ranks[index])
-        return [
-            Preference(self.prompt, self.answers[better], self.answers[worse], self.tools)
-            for position, better in enumerate(order)
-            for worse in order[position + 1 :]
-            if self.ranks[better] < self.ranks[worse]
-        ]
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt (messages ending with user), the answer to compare with, and the worked solution it was taken from."""
-
-    prompt: list[dict]
-    answer: str
-    solution: str
-
-
-Canonical = Text | Conversation | Preference | Ranking | Question
+MEDIA_KEYS = ("images", "videos", "audios")
+# What --columns can rename a field to: every name that some adapter reads.
+COLUMNS = (
+    *("text", "prompt", "question", "instruction", "input", "query", "output", "response", "completion", "answer"),
+    *("history", "system", "messages", "conversations", "tools", "chosen", "rejected", "margin", "answers", "ranks"),
+    *("scores", "options", "explanation", "label"),
+)
+OPTIONAL = ("input", "history", "system", "tools", "margin", "ranks", "scores", "explanation", "label")
 
 
 @dataclass(frozen=True)
@@ -98,28 +90,27 @@ class Adapter:
     code: str
     name: str
     matches: Callable[[dict], bool]
-    read: Callable[[dict, "Repairs"], Canonical]
+    read: Callable[[dict, Repairs], Canonical]
     expects: str
 
 
-@dataclass
-class Repairs:
-    """What was mended in a record so that it could be read, by kind. Never silent: the ledger counts it."""
-
-    counts: Counter = field(default_factory=Counter)
-
-    def note(self, kind: str) -> None:
-        self.counts[kind] += 1
-
-
-def to_canonical(record: object, data_format: str = "auto") -> tuple[Canonical, Repairs]:
+def to_canonical(
+    record: object,
+    data_format: str = "auto",
+    columns: dict[str, str] | None = None,
+    first_option: int | None = None,
+) -> tuple[Canonical, Repairs]:
     """Read one record of a data file.
 
     Args:
         record: what the file holds: a dict, or a string for a plain line of text.
         data_format: "auto" or the name of an adapter.
+        columns: what parse_columns returned: the record's own field for each name that is to be renamed.
+        first_option: the number of option A in the field `cop`, from choices.first_option over the whole file; a
+            record that counts from 0 or from 1 does not tell which.
 
     Raises:
+        Unused: it can be read, but there is nothing in it to learn from.
         RowError: no adapter fits, or the fitting one finds the record broken.
     """
     repairs = Repairs()
@@ -127,25 +118,75 @@ def to_canonical(record: object, data_format: str = "auto") -> tuple[Canonical, 
         record = {"text": record}
     if not isinstance(record, dict):
         raise RowError(f"expected an object with named fields, got {type(record).__name__}")
-    if data_format == "auto":
-        adapter = next((adapter for adapter in ADAPTERS if adapter.matches(record)), None)
-    else:
-        adapter = adapter_named(data_format)
+    given = record
+    if columns:
+        record = rename(record, columns)
+    adapter, record = _find_adapter(record, data_format)
     if adapter is None:
         known = "; ".join(adapter.expects for adapter in ADAPTERS)
-        raise RowError(f"no known format has the fields {sorted(map(str, record))}; expected one of: {known}")
-    canonical = adapter.read(record, repairs)
-    _check_characters(canonical)
+        raise RowError(f"no known format has the fields {_names(given)}; expected one of: {known}")
+    if not record.keys().isdisjoint(MEDIA_KEYS) and any(record.get(key) for key in MEDIA_KEYS):
+        raise Unused("comes with images, sound or video", "it comes with images, sound or video; only text is learnt")
+    try:
+        if adapter.code == "Q":
+            canonical = read_choice(record, repairs, first_option)
+        else:
+            canonical = adapter.read(record, repairs)
+        _check_characters(vars(canonical))
+    except RecursionError:
+        raise RowError("it is nested too deep to be read") from None
     return canonical, repairs
 
 
-def _check_characters(canonical):
-    # JSON may hold half of a surrogate pair ("\ud83d", an emoji cut in two), which no tokenizer takes.
+def _names(record):
+    names = sorted(map(str, record))
+    return f"[{', '.join(map(shown, names[:20]))}]" + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _find_adapter(record, data_format):
+    """(adapter or None, the record as it is to be read: with lower-case names where only those match)."""
     try:
-        json.dumps(vars(canonical), ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        half = ord(error.object[error.start])
-        raise RowError(f"it holds half a character (\\u{half:04x}), as when text is cut inside an emoji") from None
+        lower = None if "".join(record).islower() else _lower_names(record)
+    except TypeError:
+        raise RowError("the names of its fields must be strings") from None
+    if data_format != "auto":
+        adapter = adapter_named(data_format)
+        fits = lower is None or adapter.matches(record) or not adapter.matches(lower)
+        return adapter, record if fits else lower
+    *others, text = ADAPTERS  # text matches nearly anything, so it comes after the lower-case names
+    for candidates in (others, (text,)):
+        for names in (record, lower):
+            if names is not None:
+                for adapter in candidates:
+                    if adapter.matches(names):
+                        return adapter, names
+    return None, record
+
+
+def _lower_names(record):
+    lower = {name.strip().lower(): value for name, value in record.items()}
+    return {**lower, **{name: value for name, value in record.items() if name.islower()}}
+
+
+def _check_characters(value):
+    # JSON may hold half of a surrogate pair ("\ud83d", an emoji cut in two), which no tokenizer takes.
+    if isinstance(value, str):
+        if not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half = ord(error.object[error.start])
+                text = f"it holds half a character (\\u{half:04x}), as when text is cut inside an emoji"
+                raise RowError(text) from None
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _check_characters(name)
+            _check_characters(item)
+    elif isinstance(value, list):
+        for item in value:
+            _check_characters(item)
+    elif isinstance(value, (Tree, Message)):
+        _check_characters(vars(value))
 
 
 def adapter_named(name: str) -> Adapter:
@@ -156,382 +197,314 @@ def adapter_named(name: str) -> Adapter:
     raise ValueError(f"--data_format {name!r} is unknown; known: auto, {', '.join(a.name for a in ADAPTERS)}")
 
 
+# -- columns ---------------------------------------------------------------------------------------------------------
+
+
+def parse_columns(text: str | None) -> dict[str, str] | None:
+    """Read --columns "prompt=问题,chosen=好" into {"prompt": "问题", "chosen": "好"}; None for nothing.
+
+    Raises:
+        ValueError: not of this form, or a name on the left that no adapter reads.
+    """
+    if not text or not text.strip():
+        return None
+    columns = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        target, equals, source = (piece.strip() for piece in part.partition("="))
+        if not (target and equals and source):
+            raise ValueError(f"--columns {part!r} must be NAME=FIELD, such as prompt=问题,chosen=好,rejected=坏")
+        if target not in COLUMNS:
+            raise ValueError(f"--columns {part!r}: {target!r} is unknown; known: {', '.join(COLUMNS)}")
+        if target in columns:
+            raise ValueError(f"--columns {text!r} names {target} twice")
+        columns[target] = source
+    return columns
+
+
+def rename(record: dict, columns: dict[str, str]) -> dict:
+    """Give fields the names that adapters know; a field that had such a name before gives way.
+
+    A record with none of the fields is of another file, and stays as it is.
+
+    Args:
+        record: of a file.
+        columns: {name an adapter reads: the record's own field}; OPTIONAL ones may be missing.
+
+    Raises:
+        RowError: it has some of the fields and lacks another.
+    """
+    found = {target: record[source] for target, source in columns.items() if source in record}
+    lacking = [target for target in columns if target not in found and target not in OPTIONAL]
+    if lacking and found:
+        names = ", ".join(f"{columns[target]!r} (--columns {target}=…)" for target in lacking)
+        raise RowError(f"there is no field {names}; it has {_names(record)}")
+    used = {columns[target] for target in found}
+    return {**{name: value for name, value in record.items() if name not in used}, **found}
+
+
 # -- text ------------------------------------------------------------------------------------------------------------
 
 
 def is_text(record):
     if "completion" in record and any(key in record for key in PROMPT_KEYS):
         return False  # an answer without its question is no running text
-    return (
-        any(isinstance(record.get(key), str) for key in ("text", "completion", "content"))
-        or len([value for value in record.values() if isinstance(value, str)]) == len(record) == 1
-    )
+    if any(isinstance(record.get(key), str) for key in TEXT_KEYS) or ("text" in record and is_missing(record["text"])):
+        return True
+    # one string, whatever its name, beside numbers at most: a second string or a list might be what was meant
+    kinds = [type(value) for value in record.values() if not is_missing(value)]
+    return kinds.count(str) == 1 and all(kind in (str, int, float, bool) for kind in kinds)
 
 
 def read_text(record, repairs):
-    for key in ("text", "completion", "content", *record):
-        if isinstance(record.get(key), str):
-            if not record[key].strip():
-                raise RowError(f"field {key!r} is empty")
-            return Text(record[key])
-    raise RowError(f"field 'text' must be a string, got {type(record.get('text')).__name__}")
+    key = next((key for key in TEXT_KEYS if isinstance(record.get(key), str)), None)
+    if key is None and "text" not in record:
+        key = next((key for key in record if isinstance(record[key], str)), None)
+    text = record.get(key or "text")
+    if isinstance(text, str) and text.strip():
+        return Text(text)
+    if isinstance(text, str) or ("text" in record and is_missing(text)):
+        raise Unused("empty text", f"field {key or 'text'!r} is empty")
+    raise RowError(f"field 'text' must be a string, got {type(text).__name__}")
 
 
 # -- conversations ---------------------------------------------------------------------------------------------------
 
 
-def is_conversation(record):
-    return any(key in record for key in MESSAGE_KEYS)
-
-
 def read_conversation(record, repairs):
-    messages = read_messages(_first(record, MESSAGE_KEYS), repairs)
-    return Conversation(check_turns(_with_system(record, messages), repairs), read_tools(record))
+    return _conversation(messages_of(record, repairs), record, repairs)
 
 
-def read_messages(turns: object, repairs: Repairs) -> list[dict]:
-    """Fold {from, value}, {role, content} and {human, assistant} turns into messages with role and content."""
-    if not isinstance(turns, list) or not turns:
-        raise RowError("the list of messages is missing or empty")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise RowError(f"message {number} must be an object such as {{'from': 'human', 'value': '…'}}")
-        if "human" in turn and "assistant" in turn:
-            messages += [
-                {"role": "user", "content": _content(turn["human"], number)},
-                {"role": "assistant", "content": _content(turn["assistant"], number)},
-            ]
-            continue
-        name = turn.get("from", turn.get("role"))
-        role = ROLES.get(str(name).lower())
-        if role is None:
-            raise RowError(f"message {number} has the role {name!r}; known: {', '.join(sorted(ROLES))}")
-        content = _content(turn.get("value", turn.get("content")), number, allow_none="tool_calls" in turn)
-        if role == "tool_call":
-            messages.append({"role": "assistant", "content": "", "tool_calls": read_tool_calls(content, number)})
-        elif turn.get("tool_calls"):
-            calls = read_tool_calls(turn["tool_calls"], number)
-            messages.append({"role": "assistant", "content": content, "tool_calls": calls})
-        else:
-            messages.append({"role": role, "content": content})
-    return messages
+def _conversation(messages, record, repairs):
+    """A checked dialogue; of one whose answer is marked as bad (KTO), nothing is to be learnt."""
+    messages = check_turns(messages, repairs)
+    if _is_marked_bad(record):
+        messages = [{**m, "train": False} if m["role"] == "assistant" else m for m in messages]
+    return Conversation(messages, read_tools(record))
 
 
-def _content(value, number, allow_none=False):
-    if isinstance(value, list):  # OpenAI parts: [{"type": "text", "text": …}], LLaMA-Factory: {"type", "value"}
-        texts = [part.get("text", part.get("value")) if isinstance(part, dict) else None for part in value]
-        if not all(isinstance(text, str) for text in texts):
-            raise RowError(f"message {number} has a part that is not text; only text can be trained on")
-        value = "".join(texts)
-    if value is None and allow_none:
-        return ""
-    if not isinstance(value, str):
-        raise RowError(f"message {number} has no text (field 'value' or 'content' is {type(value).__name__})")
-    return value
+def _is_marked_bad(record):
+    for key in ("label", "kto_tag"):
+        value = record.get(key)
+        if value is False or (isinstance(value, str) and value.strip().lower() == "false"):
+            return True
+    return False
 
 
-def read_tool_calls(calls: object, number: int) -> list[dict]:
-    """Read tool calls, as objects or as a JSON string, into [{"type": "function", "function": {name, arguments}}]."""
-    if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except json.JSONDecodeError as error:
-            raise RowError(f"message {number}: the tool call is not JSON ({error.msg})") from None
-    result = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError(f"message {number}: a tool call needs 'name' and 'arguments'")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except json.JSONDecodeError as error:
-                raise RowError(
-                    f"message {number}: the arguments of the tool call are not JSON ({error.msg})"
-                ) from None
-        result.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}})
-    return result
+def is_list(record):
+    data = record.get("data")
+    if isinstance(data, list):  # a name that other kinds may use for something else
+        others = record.keys() & {*MESSAGE_KEYS, *TEXT_KEYS, *PROMPT_KEYS}
+        return not others and (isinstance(data[0], str) if data else len(record) == 1)
+    return isinstance(record.get("input"), list) and isinstance(record.get("output"), list)
 
 
-def read_tools(record: dict) -> list[dict] | None:
-    """Read the tools offered in a record, a list or a JSON string, into the OpenAI form."""
-    tools = record.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except json.JSONDecodeError as error:
-            raise RowError(f"field 'tools' is not JSON ({error.msg})") from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("field 'tools' must be a list of objects with name, description, parameters")
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+def read_dialogue_list(record, repairs):
+    if isinstance(record.get("data"), list):
+        messages = read_list(record["data"])
+    elif isinstance(record.get("input"), list) and isinstance(record.get("output"), list):
+        messages = read_columns(record["input"], record["output"])
+    else:
+        raise RowError("field 'data' must be a list of strings, or 'input' and 'output' lists of as many")
+    if not messages:
+        raise Unused("empty dialogue", "the lists of questions and answers are empty")
+    return _conversation(with_system(record, messages), record, repairs)
 
 
-def check_turns(messages: list[dict], repairs: Repairs) -> list[dict]:
-    """Bring messages into the order a template can write, or refuse them.
-
-    Dropped and counted as repairs: empty user/assistant messages at either end, answers before the first question,
-    questions after the last answer. Refused: anything else out of order, for guessing would change what is learnt.
-    """
-    system = [message for message in messages[:1] if message["role"] == "system"]
-    if system and not system[0]["content"].strip():
-        system = []
-    turns = messages[1:] if messages and messages[0]["role"] == "system" else list(messages)
-    while turns and turns[0]["role"] in ("assistant", "tool"):
-        turns.pop(0)
-        repairs.note("answer before the first question dropped")
-    while turns and (turns[-1]["role"] != "assistant" or _is_empty(turns[-1])):
-        turns.pop()
-        repairs.note("turn after the last answer dropped")
-    if not turns:
-        raise RowError("no question followed by an answer is left in it")
-    previous = None
-    for number, message in enumerate(turns, 1):
-        role = message["role"]
-        after = {None: ("user",), "user": ("assistant",), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
-        if role not in after[previous]:
-            got = f"{role} after {previous}" if previous else f"{role} first"
-            raise RowError(f"wrong role order at turn {number}: {got}; user and assistant must take turns")
-        if role == "tool" and previous == "assistant" and not turns[number - 2].get("tool_calls"):
-            raise RowError(f"wrong role order at turn {number}: a tool result without a tool call before it")
-        if _is_empty(message):
-            raise RowError(f"turn {number} ({role}) is empty")
-        previous = role
-    return system + turns
+def is_moss(record):
+    text, chat = record.get("plain_text"), record.get("chat")
+    if isinstance(text, str) and ("<eoh>" in text or "<eoa>" in text):
+        return True
+    return isinstance(chat, dict) and any(isinstance(name, str) and MOSS_TURN.fullmatch(name) for name in chat)
 
 
-def _is_empty(message):
-    return not message["content"].strip() and not message.get("tool_calls") and message["role"] != "tool"
+def read_moss(record, repairs):
+    instruction = next((record[key] for key in ("prefix", "meta_instruction") if isinstance(record.get(key), str)), "")
+    if isinstance(record.get("chat"), dict):
+        messages = read_moss_003(record["chat"], instruction)
+    else:
+        messages = read_moss_002(text_of(record, "plain_text", repairs))
+    if instruction.strip():
+        messages = [{"role": "system", "content": instruction.strip()}, *messages]
+    return _conversation(messages, record, repairs)
 
 
-def _with_system(record, messages):
-    system = next(
-        (record[key] for key in SYSTEM_KEYS if isinstance(record.get(key), str) and record[key].strip()), None
-    )
-    if system is None or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+# -- instructions ----------------------------------------------------------------------------------------------------
 
 
-def _first(record, keys):
-    return next((record[key] for key in keys if key in record), None)
+def is_embedded_dialogue(record):
+    return "instruction" in record and "output" in record and is_embedded(record["instruction"], record.get("input"))
 
 
-# -- instructions and questions --------------------------------------------------------------------------------------
+def read_embedded_dialogue(record, repairs):
+    asked = [optional_text(record, key, repairs) for key in ("instruction", "input")]
+    messages = with_system(record, read_embedded(*asked, repairs) or [{"role": "user", "content": ""}])
+    return _conversation([*messages, assistant(text_of(record, "output", repairs))], record, repairs)
 
 
 def is_instruction(record):
-    return "instruction" in record and "output" in record
+    return any(question in record and answer in record for question, answer in INSTRUCTION_KEYS) or is_stepwise(record)
 
 
 def read_instruction(record, repairs):
-    prompt = _prompt_of(record, "instruction")
-    answer = _text(record, "output")
-    messages = [*prompt, {"role": "assistant", "content": answer}]
-    return Conversation(check_turns(messages, repairs), read_tools(record))
+    if is_stepwise(record):
+        return _read_steps(record, repairs)
+    pairs = (pair for pair in INSTRUCTION_KEYS if pair[0] in record and pair[1] in record)
+    question, answer = next(pairs, INSTRUCTION_KEYS[0])
+    prompt = prompt_of(record, question, repairs)
+    if isinstance(record.get(answer), (list, dict)) and question == "prompt":  # TRL's messages
+        return _conversation([*prompt, *answer_of(record[answer], answer, repairs)], record, repairs)
+    return _conversation([*prompt, assistant(text_of(record, answer, repairs))], record, repairs)
+
+
+def _read_steps(record, repairs):
+    """TRL's steps of a solution, each with whether it is right: learnt as one answer where all of them are."""
+    steps, labels = record["completions"], record["labels"]
+    if len(steps) != len(labels) or not all(isinstance(step, str) for step in steps):
+        raise RowError("fields 'completions' and 'labels' must be lists of as many steps and whether each is right")
+    if not steps or not any(step.strip() for step in steps):
+        raise Unused("empty answer", "field 'completions' is empty")
+    answer = "\n".join(step.strip() for step in steps if step.strip())
+    marked = {**record, "label": all(label is True or label == 1 for label in labels)}
+    return _conversation([*prompt_of(record, "prompt", repairs), assistant(answer)], marked, repairs)
+
+
+# -- questions -------------------------------------------------------------------------------------------------------
+
+
+# Fields beside a prompt that make more of it than a prompt; any other may stand there and is passed over.
+MORE_THAN_A_PROMPT = {
+    *(*MESSAGE_KEYS, *RANKED_KEYS, *CHOSEN_KEYS, *REJECTED_KEYS, *TEXT_KEYS),
+    *("instruction", "query", "response", "output", "rubrics", "plain_text", "chat", "data", "samples"),
+}
 
 
 def is_question(record):
-    return "question" in record and isinstance(record.get("answer"), str) and "options" not in record
+    if "question" in record:
+        answered = any(key in record and not isinstance(record[key], (list, dict)) for key in REFERENCE_KEYS[:2])
+        return answered or len(record) == 1
+    if "open-ended verifiable question" in record and "ground-true answer" in record:
+        return True
+    if isinstance(record.get("qa_pairs", record.get("QA_pairs")), list):
+        return True
+    if len(record) == 1 and not record.keys().isdisjoint(PROMPT_KEYS):
+        return True
+    return isinstance(record.get("prompt"), (str, list)) and record.keys().isdisjoint(MORE_THAN_A_PROMPT)
 
 
 def read_question(record, repairs):
-    solution = answer = _text(record, "answer")
-    if "####" in answer:  # gsm8k: the reasoning, then "#### 1,234"
-        answer = answer.rsplit("####", 1)[1].strip().replace(",", "")
-    return Question(_prompt_of(record, "question"), answer, solution)
-
-
-def _prompt_of(record, key):
-    """System, history [[q, a], …] and the question itself (with Alpaca's `input` below it) as messages."""
-    question = _text(record, key)
-    extra = record.get("input")
-    if key == "instruction" and isinstance(extra, str) and extra.strip():
-        question = f"{question}\n{extra}"
-    messages = []
-    history = record.get("history") or []
-    for pair in history if isinstance(history, (list, tuple)) else [None]:
-        texts = pair if isinstance(pair, (list, tuple)) else ()
-        if len(texts) != 2 or not all(isinstance(text, str) for text in texts):
-            raise RowError("field 'history' must be a list of [question, answer] pairs")
-        messages += [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": texts[1]}]
-    return _with_system(record, [*messages, {"role": "user", "content": question}])
-
-
-def _text(record, key):
-    value = record.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise RowError(f"field {key!r} is {'empty' if isinstance(value, str) else 'missing or not a string'}")
-    return value
-
-
-# -- preferences -----------------------------------------------------------------------------------------------------
-
-HUMAN_TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant|prompter|assistant):")
-
-
-def is_conversation_preference(record):
-    if "chosen_messages" in record and "rejected_messages" in record:
-        return True
-    if "chosen" not in record or "rejected" not in record:
-        return False
-    return is_conversation(record) or (
-        isinstance(record["chosen"], list) and not any(isinstance(record.get(key), (str, list)) for key in PROMPT_KEYS)
-    )
-
-
-def read_conversation_preference(record, repairs):
-    chosen = record.get("chosen_messages", record.get("chosen"))
-    rejected = record.get("rejected_messages", record.get("rejected"))
-    if is_conversation(record):
-        prompt = _with_system(record, read_messages(_first(record, MESSAGE_KEYS), repairs))
-        chosen, rejected = _answer(chosen, "chosen", repairs), _answer(rejected, "rejected", repairs)
-    else:  # two whole dialogues: what they share at the start is the prompt
-        chosen, rejected = read_messages(chosen, repairs), read_messages(rejected, repairs)
-        shared = 0
-        while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-            shared += 1
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    return _preference(prompt, chosen, rejected, record, repairs)
-
-
-def is_preference(record):
-    return (
-        any(key in record for key in PROMPT_KEYS)
-        and any(key in record for key in ("chosen", "response_chosen"))
-        and any(key in record for key in ("rejected", "response_rejected"))
-    )
-
-
-def read_preference(record, repairs):
-    prompt = _any_prompt(record, repairs)
-    chosen = _answer(_first(record, ("chosen", "response_chosen")), "chosen", repairs)
-    rejected = _answer(_first(record, ("rejected", "response_rejected")), "rejected", repairs)
-    return _preference(prompt, chosen, rejected, record, repairs)
-
-
-def _any_prompt(record, repairs):
-    """The prompt of an answer to be compared: messages, a transcript, or a question with its history."""
-    key = next((key for key in PROMPT_KEYS if key in record), "prompt")
-    if isinstance(record.get(key), list):
-        return _with_system(record, read_messages(record[key], repairs))
-    if HUMAN_TURN.match(str(record.get(key))):
-        return _transcript(_text(record, key))
-    return _prompt_of(record, key)
-
-
-def _transcript(text):
-    """Cut '\\n\\nHuman: … \\n\\nAssistant: … \\n\\nAssistant:' or 'prompter: …\\nassistant: …' into messages."""
-    parts = HUMAN_TURN.split(text)[1:]
-    turns = [(ROLES[role.lower()], content.strip()) for role, content in zip(parts[::2], parts[1::2], strict=True)]
-    if turns and turns[-1] == ("assistant", ""):
-        turns.pop()
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-def _answer(value, name, repairs):
-    if isinstance(value, str):
-        value = value.strip().removeprefix("Assistant:").strip()
-        if not value:
-            raise RowError(f"field {name!r} is empty")
-        return [{"role": "assistant", "content": value}]
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise RowError(f"field {name!r} is {type(value).__name__}; expected a string or a message")
-    return read_messages(value, repairs)
-
-
-def _is_number(value):
-    """A finite number; the comparison is false for NaN and works for integers that no float can hold."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-
-def _margin(record):
-    value = record.get("margin")
-    if value is None:
-        return None
-    if not _is_number(value):
-        raise RowError(f"field 'margin' must be a number, got {value!r}")
-    return float(value)
-
-
-def _preference(prompt, chosen, rejected, record, repairs):
-    if not any(message["role"] == "user" for message in prompt) or prompt[-1]["role"] not in ("user", "tool"):
-        raise RowError("the prompt of a preference must end with a user message")
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        ends = (answer[0]["role"], answer[-1]["role"]) if answer else ()
-        if ends != ("assistant", "assistant") or _is_empty(answer[-1]):
-            raise RowError(f"{name!r} must be an answer of the assistant that is not empty")
-    prompt = check_turns([*prompt, *chosen], repairs)[: -len(chosen)]
-    check_turns([*prompt, *rejected], Repairs())
-    return Preference(prompt, chosen, rejected, read_tools(record), _margin(record))
-
-
-RANKED_KEYS = ("answers", "responses", "completions", "candidates")
-
-
-def is_ranking(record):
-    """Several answers with an order, or without one but with no single answer that the record would be about."""
-    return (
-        any(key in record for key in (*PROMPT_KEYS, *MESSAGE_KEYS))
-        and any(isinstance(record.get(key), list) and record[key] for key in RANKED_KEYS)
-        and ("ranks" in record or "scores" in record or not ("answer" in record or "output" in record))
-    )
-
-
-def read_ranking(record, repairs):
-    key = next((key for key in RANKED_KEYS if isinstance(record.get(key), list) and record[key]), RANKED_KEYS[0])
-    items = record.get(key) or []
-    if len(items) < 2:
-        raise RowError(f"field {key!r} needs at least two answers to compare, got {len(items)}")
-    if is_conversation(record):
-        prompt = _with_system(record, read_messages(_first(record, MESSAGE_KEYS), repairs))
+    if isinstance(record.get("qa_pairs", record.get("QA_pairs")), list):
+        return _read_case(record, repairs)
+    if "open-ended verifiable question" in record:
+        key, name = "open-ended verifiable question", "ground-true answer"
     else:
-        prompt = _any_prompt(record, repairs)
-    answers = [_answer(_answer_text(item, key), f"{key}[{index}]", repairs) for index, item in enumerate(items)]
-    ranks = _ranks(record, items, key)
-    if len(set(ranks)) < 2:
-        raise RowError(f"all answers of {key!r} have the same rank, so there is nothing to prefer")
-    for answer in answers[1:]:  # each with the first one: the same demands as on a pair
-        _preference(prompt, answers[0], answer, {}, Repairs())
-    prompt = _preference(prompt, answers[0], answers[1], {}, repairs).prompt
-    return Ranking(prompt, answers, ranks, read_tools(record))
+        key = next((key for key in ("question", *PROMPT_KEYS) if key in record), "question")
+        name = next((name for name in REFERENCE_KEYS if name in record), None)
+    if name and key == "prompt" and _is_empty(record[name]):
+        name = None
+    if name is None and key == "question" and len(record) > 1:
+        name = "answer"  # which is missing
+    prompt = any_prompt(record, repairs) if key == "prompt" else prompt_of(record, key, repairs)
+    solution = text_of(record, name, repairs) if name else ""
+    return Question(check_prompt(prompt, repairs), _final(solution), solution)
 
 
-def _answer_text(item, key):
-    if not isinstance(item, dict) or "role" in item or "from" in item:
-        return item
-    text = next((item[name] for name in ("text", "answer", "response", "content", "output") if name in item), None)
-    if text is None:
-        raise RowError(f"an answer in {key!r} has no text; expected a string or an object with 'answer'")
-    return text
+def _is_empty(value):
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
-def _ranks(record, items, key):
-    """Ranks of the answers, 0 the best: from ranks or scores beside or inside them, else the order they stand in."""
-    for name, sign in (("rank", 1), ("score", -1), ("overall_score", -1), ("rating", -1)):
-        values = record.get(name + "s")
-        if values is None and any(isinstance(item, dict) and name in item for item in items):
-            values = [item.get(name) if isinstance(item, dict) else None for item in items]
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != len(items) or not all(map(_is_number, values)):
-            raise RowError(f"{name}s must be one number for each of the {len(items)} {key}")
-        levels = sorted({sign * value for value in values})
-        return [levels.index(sign * value) for value in values]
-    if any(_is_number(value) for item in items if isinstance(item, dict) for value in item.values()):
-        raise RowError(
-            f"the {key} hold numbers, but none is called 'rank' or 'score'; name the one that orders them so"
-        )
-    return list(range(len(items)))
+def _final(solution):
+    """The answer that gsm8k sets apart: the reasoning, then a last line "#### 1,234"."""
+    before, mark, last = solution.rpartition("####")
+    answer = last.strip()
+    if not mark or not answer or "\n" in answer or (before and not before.endswith("\n")):
+        return solution
+    return re.sub(r"(?<=\d),(?=\d{3})", "", answer)
 
 
-# Order matters: preferences before conversations and instructions (they carry the same keys), text last.
+def _read_case(record, repairs):
+    """A case with several questions (CMB-Clin) as one dialogue; the case stands before the first."""
+    pairs = record.get("qa_pairs", record.get("QA_pairs"))
+    case = record.get("description")
+    case = case.strip() if isinstance(case, str) else ""
+    messages = []
+    for pair in pairs:
+        if not isinstance(pair, dict) or not all(isinstance(pair.get(key), str) for key in ("question", "solution")):
+            raise RowError("field 'QA_pairs' must be a list of objects with question and solution")
+        question = f"{case}\n\n{pair['question']}" if case and not messages else pair["question"]
+        messages += [{"role": "user", "content": question}, assistant(pair["solution"])]
+    if not messages:
+        raise Unused("empty dialogue", "field 'QA_pairs' is empty")
+    return _conversation(with_system(record, messages), record, repairs)
+
+
+def is_reasoning(record):
+    return "question" in record and "complex_cot" in record and "response" in record
+
+
+def read_reasoning(record, repairs):
+    prompt = check_prompt(prompt_of(record, "question", repairs), repairs)
+    answer = text_of(record, "response", repairs)
+    thoughts = record.get("complex_cot")
+    thoughts = thoughts if isinstance(thoughts, str) else ""
+    return Question(prompt, answer, with_thoughts(thoughts, answer) if thoughts.strip() else answer)
+
+
+def is_multiple_choice(record):
+    return is_choice(record) or _is_undecided(record)
+
+
+def _is_undecided(record):
+    """PubMedQA's questions without a decision (pqa_unlabeled): the long answer is all there is."""
+    context = record.get("context")
+    return "question" in record and isinstance(context, dict) and "contexts" in context
+
+
+def read_choice(record: dict, repairs: Repairs, first_option: int | None = None) -> Choice | Question:
+    """Read a question with options, or PubMedQA's without a decision; see choices.to_choice and to_canonical."""
+    if is_choice(record) or not _is_undecided(record):
+        return to_choice(record, first_option, to_measure=False)
+    long_answer = record.get("long_answer")
+    long_answer = long_answer.strip() if isinstance(long_answer, str) else ""
+    return Question([{"role": "user", "content": question_of(record)}], long_answer, long_answer)
+
+
+def is_rubric(record):
+    return isinstance(record.get("rubrics"), list) and isinstance(record.get("prompt"), list)
+
+
+def read_rubric(record, repairs):
+    if not isinstance(record.get("prompt"), list) or not isinstance(record.get("rubrics"), list):
+        raise RowError("fields 'prompt' and 'rubrics' must be lists: of messages, and of criteria with their points")
+    prompt = check_prompt(with_system(record, read_messages(record["prompt"], repairs)), repairs)
+    rubrics = [_criterion(item) for item in record["rubrics"]]
+    if not rubrics:
+        raise RowError("field 'rubrics' is empty")
+    data = record.get("ideal_completions_data")
+    ideal = data.get("ideal_completion") if isinstance(data, dict) else None
+    return Rubric(prompt, rubrics, ideal.strip() if isinstance(ideal, str) else "")
+
+
+def _criterion(item):
+    if not isinstance(item, dict) or not isinstance(item.get("criterion"), str) or not is_number(item.get("points")):
+        raise RowError("field 'rubrics' must be a list of objects with criterion and points")
+    tags = item.get("tags") if isinstance(item.get("tags"), list) else []
+    return {
+        "criterion": item["criterion"],
+        "points": item["points"],
+        "tags": [tag for tag in tags if isinstance(tag, str)],
+    }
+
+
+# Order matters: preferences before conversations and instructions (they carry the same fields), questions with options
+# before those without, trees before bare prompts, text last.
 ADAPTERS = (
+    Adapter(
+        "H",
+        "transcript_preference",
+        is_transcript_preference,
+        read_transcript_preference,
+        "chosen + rejected transcripts",
+    ),
     Adapter(
         "S",
         "conversation_preference",
@@ -541,8 +514,27 @@ ADAPTERS = (
     ),
     Adapter("P", "preference", is_preference, read_preference, "prompt|question + chosen + rejected"),
     Adapter("K", "ranking", is_ranking, read_ranking, "prompt|question + answers (best first, or with ranks|scores)"),
-    Adapter("V", "question", is_question, read_question, "question + answer"),
+    Adapter("B", "rubric", is_rubric, read_rubric, "prompt + rubrics"),
+    Adapter("Q", "choice", is_multiple_choice, read_choice, "question + options (+ answer, explanation)"),
+    Adapter("V", "question", is_question, read_question, "question + answer, or a prompt alone"),
+    Adapter("R", "reasoning", is_reasoning, read_reasoning, "Question + Complex_CoT + Response"),
+    Adapter("O", "tree", is_tree, read_tree, "message_id + parent_id + role + text, or a prompt with replies"),
+    Adapter("M", "moss", is_moss, read_moss, "plain_text with <eoh> and <eoa>, or chat with turn_1, …"),
+    Adapter("L", "dialogue_list", is_list, read_dialogue_list, "data (a list of strings in turns)"),
     Adapter("C", "conversation", is_conversation, read_conversation, "conversations|messages (+ system, tools)"),
-    Adapter("I", "instruction", is_instruction, read_instruction, "instruction (+ input) + output"),
+    Adapter(
+        "E",
+        "embedded_dialogue",
+        is_embedded_dialogue,
+        read_embedded_dialogue,
+        "instruction that begins with Human:|User: + output",
+    ),
+    Adapter(
+        "I",
+        "instruction",
+        is_instruction,
+        read_instruction,
+        "instruction (+ input) + output, or prompt + completion, or query + response",
+    ),
     Adapter("T", "text", is_text, read_text, "text"),
 )

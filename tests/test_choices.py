@@ -2,9 +2,9 @@
 
 import pytest
 
-from stagekit.choices import Choice, candidates, choose_shots, first_option, is_choice, question_text, read_answer
+from stagekit.choices import answer_text, candidates, choose_shots, first_option, is_choice, question_text, read_answer
 from stagekit.choices import to_choice as read
-from stagekit.formats import RowError
+from stagekit.records import Choice, RowError
 
 FOUR = {"A": "Liver", "B": "Spleen", "C": "Skin", "D": "Lung"}
 # One record in each form, invented; all but the last two ask the same.
@@ -47,7 +47,8 @@ SCHEMAS = {
 @pytest.mark.parametrize("form", SCHEMAS)
 def test_every_published_form_becomes_the_same_record(form):
     assert is_choice(SCHEMAS[form])
-    assert read(SCHEMAS[form], first=0) == Choice("Largest organ?", FOUR, "C", False, "anatomy", "en")
+    explanation = SCHEMAS[form].get("Explanation", "")
+    assert read(SCHEMAS[form], first=0) == Choice("Largest organ?", FOUR, "C", False, "anatomy", "en", explanation)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +167,36 @@ def test_a_place_without_an_option_is_refused(options, answer):
         read({"question": "Which?", "options": options, "answer": answer})
 
 
+@pytest.mark.parametrize("key", ["answer", "answer_idx"])
+def test_one_letter_is_a_letter_even_where_it_is_the_text_of_another_option(key):
+    vitamins = {"A": "A", "B": "B12", "C": "D", "D": "K"}
+    assert read({"question": "Which vitamin clots?", "options": vitamins, key: "D"}).answer == "D"
+    drugs = {"A": "CA", "B": "ACE", "C": "BA", "D": "D"}
+    record = {"question": "Which one?", "options": drugs, key: "CA"}
+    assert read(record).answer == ("A" if key == "answer" else "AC")
+
+
+def test_a_row_to_learn_from_may_lack_its_key_and_have_many_options():
+    record = {**SCHEMAS["plain"], "answer": None}
+    assert read(record, to_measure=False).answer == ""
+    assert read({**medmcqa(-1)[0]}, to_measure=False).answer == ""
+    many = {letter: letter * 2 for letter in "ABCDEFGHI"}
+    record = {"question": "q", "options": many, "answer": "AB"}
+    assert read(record, to_measure=False).answer == "AB"
+
+
+def test_what_a_model_learns_to_answer_is_read_back_as_the_key():
+    for form in SCHEMAS.values():
+        choice = read(form, first=0)
+        assert read_answer(choice, answer_text(choice)) == "C"
+    several = {"question": "哪些是体征？", "options": {"A": "体温", "B": "脉搏", "C": "身高", "D": "血压"}}
+    choice = read({**several, "answer": "DBA", "explanation": "身高不是生命体征。"})
+    assert answer_text(choice) == "ABD\nA. 体温\nB. 脉搏\nD. 血压\n\n身高不是生命体征。"
+    assert read_answer(choice, answer_text(choice)) == "ABD"
+    word = read({"question": "Does it?", "final_decision": "no", "long_answer": "It does not help."})
+    assert answer_text(word) == "no\n\nIt does not help." and read_answer(word, answer_text(word)) == "no"
+
+
 # -- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +244,6 @@ def test_a_letter_inside_an_option_is_no_mark():
         ({"options": [str(number) for number in range(12)]}, "at most 11"),
         ({"options": {letter: letter * 2 for letter in "ABCDEFGHI"}, "answer": "AB"}, "8 are the most"),
         ({"question": " "}, "the question is empty"),
-        ({"context": float("nan")}, "the context must be a string or a list of strings"),
         ({"context": {"contexts": 5}}, "the context must be a string or a list of strings"),
     ],
 )

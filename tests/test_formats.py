@@ -1,22 +1,31 @@
 """Each adapter on records as their data sets publish them; the expected records are written out by hand."""
 
+import copy
 import json
 import math
 import random
 import re
+import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from stagekit.formats import (
-    ADAPTERS,
+from stagekit.data import accept_conversation, accept_preference, accept_text
+from stagekit.formats import ADAPTERS, adapter_named, parse_columns, rename, to_canonical
+from stagekit.prompts import accept_prompt
+from stagekit.records import (
+    REPAIRS,
+    Choice,
     Conversation,
+    Message,
     Preference,
     Question,
     Ranking,
     RowError,
+    Rubric,
     Text,
-    adapter_named,
-    to_canonical,
+    Tree,
 )
 
 
@@ -361,6 +370,115 @@ READINGS = {
         Question([user("How many?")], "1234", "600 + 634 = <<600+634=1234>>1234\n#### 1,234"),
     ),
     "V system": ({"question": "Q", "answer": "A", "system": "S"}, Question([system("S"), user("Q")], "A", "A")),
+    "V standard answer of BELLE's evaluation": (
+        {"question": "Q", "class": "math", "std_answer": "A", "type": "open"},
+        Question([user("Q")], "A", "A"),
+    ),
+    "V heading in a free answer": (
+        {"question": "Q", "answer": "#### Care\nRest.\n#### Food\nSoup."},
+        Question([user("Q")], "#### Care\nRest.\n#### Food\nSoup.", "#### Care\nRest.\n#### Food\nSoup."),
+    ),
+    "V mark in the middle of a line": (
+        {"question": "Q", "answer": "see #### 5"},
+        Question([user("Q")], "see #### 5", "see #### 5"),
+    ),
+    "V comma that parts no thousands": (
+        {"question": "Q", "answer": "So\n#### Paris, 1,200, 3"},
+        Question([user("Q")], "Paris, 1200, 3", "So\n#### Paris, 1,200, 3"),
+    ),
+    "V TRL bare prompt": ({"prompt": "Q", "difficulty": 3, "source": "s"}, Question([user("Q")], "", "")),
+    "V TRL bare prompt of messages": (
+        {"prompt": [system("S"), user("Q")], "ground_truth": "5"},
+        Question([system("S"), user("Q")], "5", "5"),
+    ),
+    "V only a question": ({"question": "Q"}, Question([user("Q")], "", "")),
+    "I TRL prompt and completion": ({"prompt": "Q", "completion": "A"}, Conversation([user("Q"), assistant("A")])),
+    "I TRL messages": (
+        {"prompt": [system("S"), user("Q")], "completion": [assistant("A")]},
+        Conversation([system("S"), user("Q"), assistant("A")]),
+    ),
+    "I TRL good completion": (
+        {"prompt": "Q", "completion": "A", "label": True},
+        Conversation([user("Q"), assistant("A")]),
+    ),
+    "I TRL bad completion": (
+        {"prompt": "Q", "completion": "A", "label": False},
+        Conversation([user("Q"), {**assistant("A"), "train": False}]),
+    ),
+    "I TRL right steps": (
+        {"prompt": "Q", "completions": ["one", "two"], "labels": [True, True]},
+        Conversation([user("Q"), assistant("one\ntwo")]),
+    ),
+    "I TRL steps with a wrong one": (
+        {"prompt": "Q", "completions": ["one", "two"], "labels": [True, False]},
+        Conversation([user("Q"), {**assistant("one\ntwo"), "train": False}]),
+    ),
+    "I ms-swift": (
+        {"system": "S", "query": "Q2", "response": "A2", "history": [["Q1", "A1"]]},
+        Conversation([system("S"), user("Q1"), assistant("A1"), user("Q2"), assistant("A2")]),
+    ),
+    "I a task about a dialogue": (
+        {"instruction": "Summarise:\nHuman: hi\nAssistant: hello", "input": "", "output": "They greet."},
+        Conversation([user("Summarise:\nHuman: hi\nAssistant: hello"), assistant("They greet.")]),
+    ),
+    "I a task with a dialogue as its input": (
+        {"instruction": "Summarise.", "input": "User: hi\nAssistant: hello", "output": "They greet."},
+        Conversation([user("Summarise.\nUser: hi\nAssistant: hello"), assistant("They greet.")]),
+    ),
+    "E a dialogue as the input of no instruction": (
+        {"instruction": "", "input": "User: hi", "output": "hello"},
+        Conversation([user("hi"), assistant("hello")]),
+    ),
+    "C KTO good": (
+        {"messages": [user("Q"), assistant("A")], "label": True},
+        Conversation([user("Q"), assistant("A")]),
+    ),
+    "C KTO bad, from a table": (
+        {"messages": [user("Q"), assistant("A")], "kto_tag": "False"},
+        Conversation([user("Q"), {**assistant("A"), "train": False}]),
+    ),
+    "C LLaMA-Factory v1 with weights": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "value": "Q"}], "loss_weight": 0.0},
+                {"role": "assistant", "content": [{"type": "text", "value": "A"}], "loss_weight": 1.0},
+            ]
+        },
+        Conversation([user("Q"), assistant("A")]),
+    ),
+    "C thoughts beside an answer": (
+        {"messages": [user("Q"), {**assistant("A"), "reasoning_content": "Hm.\n"}]},
+        Conversation([user("Q"), assistant("<think>\nHm.\n</think>\n\nA")]),
+    ),
+    "C an empty system turn leaves the field its place": (
+        {"conversations": said(("system", ""), ("human", "Q"), ("gpt", "A")), "system": "S"},
+        Conversation([system("S"), user("Q"), assistant("A")]),
+    ),
+    "C HTML that nobody copied from a page": (
+        {"messages": [user("Make a list."), assistant("<ul><li>a</li></ul>")]},
+        Conversation([user("Make a list."), assistant("<ul><li>a</li></ul>")]),
+    ),
+    "L Chinese-Vicuna lists": (
+        {"input": ["Q1", "Q2"], "output": ["A1", "A2"]},
+        Conversation([user("Q1"), assistant("A1"), user("Q2"), assistant("A2")]),
+    ),
+    "P ms-swift": (
+        {"query": "Q", "response": "good", "rejected_response": "bad"},
+        Preference([user("Q")], [assistant("good")], [assistant("bad")]),
+    ),
+    "S ms-swift with a rejected response": (
+        {"messages": [system("S"), user("Q"), assistant("good")], "rejected_response": "bad"},
+        Preference([system("S"), user("Q")], [assistant("good")], [assistant("bad")]),
+    ),
+    "S ms-swift with rejected messages": (
+        {
+            "messages": [user("Q"), assistant("good")],
+            "rejected_messages": [user("Q"), assistant("bad")],
+            "system": "S",
+        },
+        Preference([system("S"), user("Q")], [assistant("good")], [assistant("bad")]),
+    ),
+    "T beside numbers only": ({"id": 7, "passage": "words", "score": None}, Text("words")),
 }
 
 
@@ -404,6 +522,77 @@ REPAIRED = {
         [user("Q"), assistant("A")],
         {"turn after the last answer dropped": 2},
     ),
+    "two questions in a row": (
+        said(("human", "Q"), ("human", "more"), ("gpt", "A")),
+        [user("Q\n\nmore"), assistant("A")],
+        {"neighbouring messages of one speaker merged": 1},
+    ),
+    "three answers in a row": (
+        said(("human", "Q"), ("gpt", "A"), ("gpt", "B"), ("gpt", "C")),
+        [user("Q"), assistant("A\n\nB\n\nC")],
+        {"neighbouring messages of one speaker merged": 2},
+    ),
+    "the same question twice": (
+        said(("human", "Q"), ("human", "Q"), ("gpt", "A")),
+        [user("Q"), assistant("A")],
+        {"neighbouring messages of one speaker merged": 1},
+    ),
+    "empty answer in the middle": (
+        said(("human", "Q"), ("gpt", " \n"), ("human", "R"), ("gpt", "A")),
+        [user("Q\n\nR"), assistant("A")],
+        {"empty message dropped": 1, "neighbouring messages of one speaker merged": 1},
+    ),
+    "null and not-a-number in the middle": (
+        said(("human", "Q"), ("gpt", "A"), ("human", None), ("human", math.nan), ("human", "R"), ("gpt", "B")),
+        [user("Q"), assistant("A"), user("R"), assistant("B")],
+        {"empty message dropped": 2},
+    ),
+    "numbers": (
+        said(("human", 3), ("gpt", 4.0), ("human", 0.5), ("gpt", -7)),
+        [user("3"), assistant("4"), user("0.5"), assistant("-7")],
+        {"number read as text": 4},
+    ),
+    "text before a tool call": (
+        said(
+            ("human", "Q"),
+            ("gpt", "Let me see."),
+            ("function_call", '{"name": "a"}'),
+            ("observation", "1"),
+            ("gpt", "A"),
+        ),
+        [user("Q"), {**call(("a", {})), "content": "Let me see."}, tool("1"), assistant("A")],
+        {"neighbouring messages of one speaker merged": 1},
+    ),
+    "tool calls in a row": (
+        said(
+            *(("human", "Q"), ("function_call", '{"name": "a"}'), ("function_call", '{"name": "b"}')),
+            *(("observation", "1"), ("observation", "2"), ("gpt", "A")),
+        ),
+        [user("Q"), call(("a", {}), ("b", {})), tool("1"), tool("2"), assistant("A")],
+        {"neighbouring messages of one speaker merged": 1},
+    ),
+    "merged with one that is not to be learnt": (
+        [user("Q"), assistant("A"), {**assistant("B"), "weight": 0}],
+        [user("Q"), {**assistant("A\n\nB"), "train": False}],
+        {"neighbouring messages of one speaker merged": 1},
+    ),
+    "weights": (
+        [
+            *(user("Q"), {**assistant("A"), "loss_weight": 0.0}, user("R"), {**assistant("B"), "weight": 2}),
+            *(
+                user("S"),
+                {**assistant("C"), "train": False},
+                user("T"),
+                {**assistant("D"), "train": True, "weight": 1},
+            ),
+            *(user("U"), {**assistant("E"), "loss_weight": None, "train_detail": [{"begin_offset": 0}]}),
+        ],
+        [
+            *(user("Q"), {**assistant("A"), "train": False}, user("R"), assistant("B")),
+            *(user("S"), {**assistant("C"), "train": False}, user("T"), assistant("D"), user("U"), assistant("E")),
+        ],
+        {"loss weight taken as 1": 1, "training marks within an answer ignored": 1},
+    ),
     "both ends": (
         said(("gpt", "x"), ("human", "Q"), ("gpt", "A"), ("human", "Q2")),
         [user("Q"), assistant("A")],
@@ -427,31 +616,34 @@ def talk(*turns, **more):
 REFUSED = {
     "unknown role": (talk(("human", "Q"), ("alien", "A")), "message 2 has the role 'alien'; known: answer, assistant"),
     "no role": ({"messages": [{"content": "Q"}]}, "message 1 has the role None"),
-    "two users in a row": (
-        talk(("human", "Q"), ("human", "Q"), ("gpt", "A")),
-        "wrong role order at turn 2: user after user; user and assistant must take turns",
+    "system in the middle": (
+        talk(("human", "Q"), ("system", "S"), ("gpt", "A")),
+        "wrong role order at turn 2: system after user; user and assistant must take turns",
     ),
-    "two answers in a row": (talk(("human", "Q"), ("gpt", "A"), ("gpt", "A")), "turn 3: assistant after assistant"),
-    "system in the middle": (talk(("human", "Q"), ("system", "S"), ("gpt", "A")), "turn 2: system after user"),
+    "two system turns": (talk(("system", "S"), ("system", "S"), ("human", "Q"), ("gpt", "A")), "turn 1: system first"),
+    "answer to a call without its result": (
+        talk(("human", "Q"), ("function_call", '{"name": "a"}'), ("gpt", "A")),
+        "turn 3: assistant after assistant",
+    ),
+    "weight that is no number": (
+        {"messages": [user("Q"), {**assistant("A"), "weight": "much"}]},
+        "message 2: 'weight' must be a number or true or false, got 'much'",
+    ),
     "tool result without a call": (
         talk(("human", "Q"), ("gpt", "A"), ("observation", "1"), ("gpt", "A")),
         "turn 3: a tool result without a tool call before it",
     ),
     "tool result after the question": (talk(("human", "Q"), ("observation", "1"), ("gpt", "A")), "tool after user"),
-    "empty question in the middle": (
-        talk(("human", "Q"), ("gpt", "A"), ("human", " \n"), ("gpt", "A")),
-        "turn 3 (user) is empty",
-    ),
-    "empty answer in the middle": (
-        talk(("human", "Q"), ("gpt", ""), ("human", "Q"), ("gpt", "A")),
-        "turn 2 (assistant) is empty",
-    ),
     "missing value": ({"conversations": [{"from": "human"}]}, "message 1 has no text"),
     "value that is no string": (
-        {"conversations": [{"from": "human", "value": 7}]},
-        "message 1 has no text (field 'value' or 'content' is int)",
+        {"conversations": [{"from": "human", "value": {"text": "Q"}}]},
+        "message 1 has no text (field 'value' or 'content' is dict)",
     ),
-    "missing half of a pair": ({"conversation": [{"human": "Q", "assistant": None}]}, "message 1 has no text"),
+    "missing half of a pair": (
+        {"conversation": [{"human": "Q", "assistant": None}]},
+        "no question followed by an answer is left",
+    ),
+    "message that is true": ({"messages": [user(True), assistant("A")]}, "'content' is bool"),
     "content part without text": (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "message 1 has a part that is not text",
@@ -500,21 +692,25 @@ REFUSED = {
         {"conversations": said(("human", "Q")), "chosen": {"from": "human", "value": "x"}, "rejected": "bad"},
         "'chosen' must be an answer of the assistant",
     ),
-    "rejected with two answers in a row": (
-        {"conversations": said(("human", "Q")), "chosen": "good", "rejected": [assistant("bad"), assistant("worse")]},
-        "turn 3: assistant after assistant",
+    "rejected with a system turn": (
+        {
+            "conversations": said(("human", "Q")),
+            "chosen": "good",
+            "rejected": [assistant("bad"), system("S"), assistant("b")],
+        },
+        "turn 3: system after assistant",
     ),
-    "multiple choice read as a question": (
-        {"question": "Q", "answer": "A", "options": {"A": "yes", "B": "no"}},
-        "no known format has the fields ['answer', 'options', 'question']",
+    "multiple choice whose key names no option": (
+        {"question": "Q", "answer": "C", "options": {"A": "yes", "B": "no"}},
+        "answer 'C' names none of the options A, B",
     ),
-    "two questions in a row in a preference": (
-        {"conversations": said(("human", "Q"), ("human", "Q")), "chosen": "good", "rejected": "bad"},
-        "turn 2: user after user",
+    "multiple choice with one option": (
+        {"question": "Q", "answer": "A", "options": ["yes"]},
+        "expected two or more options named A to K, got ['A']",
     ),
     "prompt of a preference that is empty": (
         {"prompt": [user(" ")], "chosen": "good", "rejected": "bad"},
-        "turn 1 (user) is empty",
+        "the prompt of a preference must end with a user message that is not empty",
     ),
     "dialogues that share nothing": (
         {"chosen": [user("Q"), assistant("A")], "rejected": [user("other"), assistant("A")]},
@@ -600,11 +796,55 @@ REFUSED = {
     ),
     "unknown keys": (
         {"frage": "Q", "antwort": "A"},
-        "no known format has the fields ['antwort', 'frage']; expected one of: conversations + chosen + rejected; ",
+        "no known format has the fields ['antwort', 'frage']; expected one of: chosen + rejected transcripts; ",
     ),
-    "prompt and completion, which is no running text": (
-        {"prompt": "Q", "completion": "A"},
-        "no known format has the fields ['completion', 'prompt']",
+    "completion with a prompt under another name": (
+        {"question": "Q", "completion": "A"},
+        "no known format has the fields ['completion', 'question']",
+    ),
+    "transcripts without marks": (
+        {"chosen": "good", "rejected": "bad"},
+        "'chosen' is no transcript, and there is no prompt",
+    ),
+    "steps without a label each": (
+        {"prompt": "Q", "completions": ["a", "b"], "labels": [True]},
+        "lists of as many steps and whether each is right",
+    ),
+    "fields without names": ({1: "Q", "x": "A"}, "the names of its fields must be strings"),
+    "rubrics without points": (
+        {"prompt": [user("Q")], "rubrics": [{"criterion": "short"}]},
+        "a list of objects with criterion and points",
+    ),
+    "clinical case without solutions": (
+        {"description": "D", "QA_pairs": [{"question": "Q"}]},
+        "'QA_pairs' must be a list of objects with question and solution",
+    ),
+    "Huatuo list with a number": ({"data": ["Q", 3]}, "item 2 of the dialogue is int; expected a string"),
+    "lists of different length": ({"input": ["Q"], "output": []}, "lists of as many strings"),
+    "MOSS turn without an answer": ({"chat": {"turn_1": {"Human": "Q"}}}, "turn_1 must be an object with the strings"),
+    "MOSS command that is none": (
+        {"chat": {"turn_1": {"Human": "Q", "MOSS": "A", "Commands": "look it up"}}},
+        "turn_1 has the command 'look it up'; expected NAME(",
+    ),
+    "MOSS text that is cut off": (
+        {"plain_text": "[Human]: Q<eoh> [MOSS]: A"},
+        "plain_text does not end with <eoa>; the row is cut off",
+    ),
+    "MOSS text between turns": (
+        {"plain_text": "[Human]: Q<eoh> well [MOSS]: A<eoa>"},
+        "plain_text holds 'well' outside of [Human]",
+    ),
+    "tree that begins with an answer": (
+        {"text": "A", "role": "assistant", "replies": []},
+        "a tree must begin with a message of the prompter",
+    ),
+    "tree in which one answers himself": (
+        {"text": "Q", "role": "prompter", "replies": [{"text": "Q", "role": "prompter"}]},
+        "has the role 'prompter' in reply to user; expected them in turns",
+    ),
+    "message of a tree without a name": (
+        {"message_id": 7, "parent_id": None, "text": "Q", "role": "prompter"},
+        "fields 'message_id' and 'parent_id' must be strings",
     ),
     "a number": (3, "expected an object with named fields, got int"),
     "a list": ([{"text": "x"}], "expected an object with named fields, got list"),
@@ -679,7 +919,10 @@ def test_a_ranking_of_two_is_one_preference(ranks):
 
 
 def test_an_unknown_data_format_names_the_known_ones():
-    known = "auto, conversation_preference, preference, ranking, question, conversation, instruction, text"
+    known = (
+        "auto, transcript_preference, conversation_preference, preference, ranking, rubric, choice, question, "
+        "reasoning, tree, moss, dialogue_list, conversation, embedded_dialogue, instruction, text"
+    )
     with pytest.raises(ValueError, match=f"--data_format 'sharegpt' is unknown; known: {known}"):
         adapter_named("sharegpt")
 
@@ -708,7 +951,6 @@ def test_whatever_a_record_holds_it_is_read_in_order_or_refused():
             return {dice.choice(keys): value(depth - 1) for _ in range(dice.randrange(4))}
         return said(*((dice.choice(speakers), dice.choice(words)) for _ in range(dice.randrange(5))))
 
-    letters = {"system": "S", "user": "U", "tool": "T"}
     read = ranked = 0
     for _ in range(20_000):
         record = {dice.choice(keys): value(3) for _ in range(dice.randrange(1, 5))}
@@ -721,22 +963,304 @@ def test_whatever_a_record_holds_it_is_read_in_order_or_refused():
             canonical, _ = to_canonical(record)
         except RowError:
             continue
-        if isinstance(canonical, Conversation):
-            dialogues = [canonical.messages]
-        elif isinstance(canonical, Preference):
-            dialogues = [[*canonical.prompt, *canonical.chosen], [*canonical.prompt, *canonical.rejected]]
-        elif isinstance(canonical, Ranking):
-            dialogues = [[*canonical.prompt, *answer] for answer in canonical.answers]
-            assert set(canonical.ranks) == set(range(max(canonical.ranks) + 1)), record
-            assert len(canonical.ranks) == len(dialogues) > 1 and canonical.pairs(), record
-            ranked += 1
-        else:
-            continue
-        for messages in dialogues:
-            roles = "".join(
-                letters.get(message["role"], "C" if message.get("tool_calls") else "A") for message in messages
-            )
-            assert re.fullmatch(r"S?(U(CT+)*[AC])+", roles), (roles, record)
-            assert all(isinstance(message["content"], str) for message in messages)
-        read += 1
+        check_canonical(canonical)
+        ranked += isinstance(canonical, Ranking)
+        read += isinstance(canonical, (Conversation, Preference, Ranking))
     assert read > 100 and ranked > 50
+
+
+# -- anything at all -------------------------------------------------------------------------------------------------
+
+WHOLE = re.compile(r"S?(U(CT+)*[AC])+")
+PROMPT = re.compile(r"S?(U(CT+)*[AC])*U(CT+)*")
+ANSWER = re.compile(r"(CT+)*[AC](U(CT+)*[AC])*")
+
+
+def check_messages(messages, order):
+    """Roles in an order that templates can write; texts that are there; no key that nobody knows."""
+    letters = {"system": "S", "user": "U", "tool": "T"}
+    roles = ""
+    for message in messages:
+        calls = message.get("tool_calls")
+        roles += letters.get(message["role"], "C" if calls else "A")
+        assert set(message) <= {"role", "content", "tool_calls", "train"}, message
+        assert isinstance(message["content"], str)
+        assert message["content"].strip() or calls or message["role"] == "tool", "an empty message"
+        assert (not calls and message.get("train", False) is False) or message["role"] == "assistant"
+        for one in calls or []:
+            assert one["type"] == "function" and isinstance(one["function"]["name"], str)
+    assert order.fullmatch(roles), roles
+
+
+def check_tools(tools):
+    assert tools is None or (tools and all(isinstance(tool, dict) and "function" in tool for tool in tools))
+
+
+def check_tree(tree, role):
+    assert tree.role == role and tree.content.strip()
+    ranks = [reply.rank for reply in tree.replies]
+    known = [rank for rank in ranks if rank is not None]
+    assert known == sorted(known) and ranks[len(known) :] == [None] * (len(ranks) - len(known))
+    for reply in tree.replies:
+        check_tree(reply, "user" if role == "assistant" else "assistant")
+
+
+def check_canonical(canonical):
+    """What every stage may rely on, whatever the record was."""
+    match canonical:
+        case Text(text):
+            assert text.strip()
+        case Conversation(messages, tools):
+            check_messages(messages, WHOLE)
+            check_tools(tools)
+        case Preference(prompt, chosen, rejected, tools, margin):
+            check_messages(prompt, PROMPT)
+            for answer in (chosen, rejected):
+                check_messages(answer, ANSWER)
+            check_tools(tools)
+            assert margin is None or math.isfinite(margin)
+        case Ranking(prompt, answers, ranks, tools):
+            check_messages(prompt, PROMPT)
+            for answer in answers:
+                check_messages(answer, ANSWER)
+            check_tools(tools)
+            assert len(answers) == len(ranks) > 1 and canonical.pairs()
+            assert set(ranks) == set(range(max(ranks) + 1))
+        case Question(prompt, answer, solution):
+            check_messages(prompt, PROMPT)
+            assert bool(answer.strip()) == bool(solution.strip())
+        case Choice(question, options, answer, several, subject, language, explanation):
+            assert question.strip() and isinstance(explanation, str) and language in ("zh", "en")
+            assert subject is None or isinstance(subject, str)
+            assert len(options) > 1 and all(isinstance(text, str) and text.strip() for text in options.values())
+            if canonical.has_letters:
+                assert list(options) == sorted(options) and set(options) <= set("ABCDEFGHIJK")
+                assert set(answer) <= set(options) and list(answer) == sorted(set(answer))
+                assert several or len(answer) < 2
+            else:
+                assert answer in options
+        case Rubric(prompt, rubrics, answer):
+            check_messages(prompt, PROMPT)
+            assert rubrics and all(math.isfinite(item["points"]) for item in rubrics) and isinstance(answer, str)
+        case Message(name, parent, role, content):
+            assert isinstance(name, str) and (parent is None or parent) and role in ("user", "assistant")
+            assert content.strip()
+        case Tree():
+            check_tree(canonical, "user")
+        case _:
+            raise AssertionError(f"no canonical record: {canonical!r}")
+
+
+def check_stages(canonical):
+    """Every stage takes it, or refuses it with a RowError; what it takes keeps the same rules."""
+    for accept in (accept_text, accept_conversation, accept_preference):
+        try:
+            taken = accept(canonical)
+        except RowError:
+            continue
+        for record in taken if isinstance(taken, list) else [taken]:
+            check_canonical(record)
+    try:
+        taken = accept_prompt(canonical)
+    except RowError:
+        return
+    for prompt in taken if isinstance(taken, list) else [taken]:
+        check_messages(prompt.prompt, PROMPT)
+        check_tools(prompt.tools)
+        assert isinstance(prompt.reference, str)
+
+
+NAMES = [
+    *("text", "prompt", "question", "instruction", "input", "output", "answer", "completion", "chosen", "rejected"),
+    *("conversations", "messages", "role", "from", "content", "value", "tool_calls", "tools", "history", "system"),
+    *("options", "A", "B", "cop", "opa", "opb", "replies", "rank", "label", "labels", "completions", "data", "chat"),
+    *("turn_1", "plain_text", "rubrics", "QA_pairs", "context", "contexts", "images", "Question", "weight", "train"),
+]
+WORDS = [
+    *("", " ", "Q", "user", "gpt", "system", "tool", "function_call", "prompter", "B", "D", "yes", "#### 5", "None"),
+    *("\n\nHuman: a\n\nAssistant:", "Human:a\nAssistant:", "User: a", '{"name": "a"}', "[{}]", "A. x B. y", "\ud83d"),
+    *("[Human]: a<eoh> [MOSS]: b<eoa>", "<|Commands|>: F(1)<eoc>", '<div class="markdown"><p>a', "<![x", "NaN"),
+    *("[" * 3_000, "\n" * 3_000, " A" * 999, "Assistant:" * 99, "<" * 999, "9" * 5_000, "\n\nHuman: " * 99),
+]
+LEAVES = st.one_of(
+    *(st.sampled_from(WORDS), st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=9)),
+    st.sampled_from([10**4000, -(10**400), 1e308, [], {}, [[]], [{}]]),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def damaged(draw):
+    """A record of a public data set, some of whose values, at any depth, are replaced, taken away or doubled."""
+    from test_datasets import ROWS  # which takes its helpers from here
+
+    record = copy.deepcopy(draw(st.sampled_from(ROWS))[1])
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
+        holders = [(record, name) for name in record]
+        for holder, name in holders:  # grows while it is read
+            inside = holder[name]
+            if isinstance(inside, dict) and inside:
+                holders += [(inside, key) for key in inside]
+            elif isinstance(inside, list):
+                holders += [(inside, place) for place in range(len(inside))]
+        if not holders:
+            break
+        holder, name = draw(st.sampled_from(holders))
+        action = draw(st.integers(0, 5))
+        if action == 0:
+            del holder[name]
+        elif action == 1 and isinstance(holder, list):
+            holder.insert(name, holder[name])
+        elif action == 1:
+            holder[draw(st.sampled_from(NAMES))] = holder.pop(name)
+        elif action < 4:
+            holder[name] = draw(st.sampled_from(WORDS))
+        else:
+            holder[name] = copy.deepcopy(draw(VALUES))  # the empty ones are one object each
+    return dict(draw(st.permutations(list(record.items()))))
+
+
+ANYTHING = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=6)
+FORMATS = st.sampled_from(["auto"] * 60 + [adapter.name for adapter in ADAPTERS])
+OFTEN = settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@OFTEN
+@given(st.one_of(damaged(), damaged(), damaged(), ANYTHING), FORMATS, st.sampled_from([None, 0, 1]))
+def test_whatever_a_record_holds_it_becomes_a_sound_record_or_a_row_error(record, data_format, first):
+    before = json.dumps(record)  # in which NaN equals itself
+    try:
+        canonical, repairs = to_canonical(record, data_format, None, first)
+    except RowError as error:
+        assert len(str(error)) < 3000 and "\n" not in str(error) and str(error).encode()
+    else:
+        check_canonical(canonical)
+        check_stages(canonical)
+        assert set(repairs.counts) <= set(REPAIRS)
+        json.dumps(vars(canonical), default=vars).encode()
+    assert json.dumps(record) == before, "the record itself was changed"
+
+
+def nested(depth, wrap=lambda inner: [inner], inner=None):
+    """Something wrapped `depth` times, by default a list in a list."""
+    for _ in range(depth):
+        inner = wrap(inner)
+    return inner
+
+
+def reply(role, *replies):
+    return {"text": "Q", "role": role, "replies": list(replies)}
+
+
+def calling(**call):
+    return {"messages": [user("Q"), {**assistant(""), "tool_calls": [call]}]}
+
+
+DEEP = 9_000
+NESTED = {
+    "replies of one role": lambda: nested(DEEP, lambda inner: reply("prompter", inner), {}),
+    "replies": lambda: nested(DEEP, lambda inner: reply("prompter", reply("assistant", inner)), reply("prompter")),
+    "list of replies": lambda: reply("prompter", nested(DEEP)),
+    "arguments": lambda: calling(name="a", arguments=nested(DEEP)),
+    "arguments in a string": lambda: calling(name="a", arguments="[" * 99_999),
+    "tools in a string": lambda: {"messages": [user("Q"), assistant("A")], "tools": "[" * 99_999},
+    "tools": lambda: {"messages": [user("Q"), assistant("A")], "tools": [{"function": nested(DEEP)}]},
+    "answer": lambda: {"prompt": "Q", "chosen": nested(DEEP), "rejected": "B"},
+    "option": lambda: {"question": "Q", "options": {"A": nested(DEEP), "B": "y"}, "answer": "A"},
+    "key": lambda: {"question": "Q", "options": ["x", "y"], "answer": nested(DEEP)},
+    "decision": lambda: {"question": "Q", "final_decision": nested(DEEP)},
+    "margin": lambda: {"prompt": "Q", "chosen": "A", "rejected": "B", "margin": nested(DEEP)},
+    "role": lambda: {"messages": [{"role": nested(DEEP), "content": "Q"}]},
+    "unknown": lambda: {"x": nested(DEEP), "y": 2},
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nesting_of_any_depth_is_a_row_error(name):
+    with pytest.raises(RowError) as refused:
+        to_canonical(NESTED[name]())
+    assert len(str(refused.value)) < 3000
+
+
+def test_ten_megabytes_in_one_string_are_read_or_refused_in_seconds():
+    started = time.monotonic()
+    for long in ("\n" * 10**7, "Human: " * 10**5, "A " * 10**5):
+        for record in (
+            {"text": f"a{long}"},
+            {"conversations": said(("human", f"a{long}"), ("gpt", f"{long}b"))},
+            {"prompt": f"\n\nHuman: a{long}", "chosen": f"{long}b", "rejected": "b"},
+            {"instruction": f"Human: a{long}\nAssistant:", "input": "", "output": "b"},
+            {"question": "Q", "options": f"A. x{long} B. y", "answer": "A"},
+            {"question": "Q", "options": {"A": f"x{long}", "B": "y"}, "answer": f"z{long}"},
+            {"plain_text": f"[Human]: a{long}<eoh> [MOSS]: b<eoa>"},
+            {"data": [f"a{long}", f"{long}b"]},
+            {"question": f"a{long}", "answer": f"{long}\n#### 5"},
+        ):
+            try:
+                check_canonical(to_canonical(record)[0])
+            except RowError:
+                pass
+    assert time.monotonic() - started < 60
+
+
+# -- columns ---------------------------------------------------------------------------------------------------------
+
+
+def test_columns_give_fields_the_names_that_adapters_know():
+    columns = parse_columns(" prompt=问题, chosen = 好,rejected=坏 ")
+    assert columns == {"prompt": "问题", "chosen": "好", "rejected": "坏"}
+    record = {"问题": "Q", "好": "good", "坏": "bad", "system": "S", "text": "all of it"}
+    expected = Preference([system("S"), user("Q")], [assistant("good")], [assistant("bad")])
+    assert to_canonical(record, columns=columns)[0] == expected
+    assert record == {"问题": "Q", "好": "good", "坏": "bad", "system": "S", "text": "all of it"}
+
+
+def test_a_renamed_field_takes_the_place_of_one_that_had_the_name():
+    record = {"prompt": "template", "frage": "Q", "completion": "A"}
+    assert rename(record, {"prompt": "frage"}) == {"prompt": "Q", "completion": "A"}
+    assert to_canonical(record, columns={"prompt": "frage"})[0] == Conversation([user("Q"), assistant("A")])
+
+
+def test_one_field_may_serve_two_names_and_a_missing_one_is_passed_over():
+    assert rename({"a": 1, "b": 2}, {"prompt": "a", "text": "a", "system": "none"}) == {"b": 2, "prompt": 1, "text": 1}
+
+
+def test_a_field_that_columns_name_is_missed_where_its_fellows_are():
+    with pytest.raises(RowError, match=r"there is no field '问题' \(--columns prompt=…\); it has \['x', 'y'\]"):
+        to_canonical({"x": "Q", "y": "A"}, columns={"prompt": "问题", "completion": "y"})
+    of_another_file = {"instruction": "Q", "output": "A"}
+    assert to_canonical(of_another_file, columns={"prompt": "问题", "completion": "y"})[0].messages[0] == user("Q")
+
+
+@pytest.mark.parametrize("text", [None, "", "  "])
+def test_no_columns_are_none(text):
+    assert parse_columns(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("promt=问题", "--columns 'promt=问题': 'promt' is unknown; known: text, prompt, question"),
+        ("prompt", "--columns 'prompt' must be NAME=FIELD, such as prompt=问题"),
+        ("prompt=", "--columns 'prompt=' must be NAME=FIELD"),
+        ("prompt=a,prompt=b", "names prompt twice"),
+    ],
+)
+def test_columns_that_cannot_be_read_say_why(text, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        parse_columns(text)
+
+
+def test_names_in_capitals_are_recognised_where_no_others_are():
+    expected = Preference([user("Q")], [assistant("good")], [assistant("bad")])
+    assert to_canonical({"Prompt": "Q", "CHOSEN": "good", "Rejected ": "bad"})[0] == expected
+    assert to_canonical({"Prompt": "Q", "CHOSEN": "good", "Rejected": "bad"}, "preference")[0] == expected
+    assert to_canonical({"Instruction": "Q", "Output": "A", "text": "all"})[0] == Conversation(
+        [user("Q"), assistant("A")]
+    )
+    record = {"Text": "capital", "text": "small"}
+    assert to_canonical(record)[0] == Text("small")
