@@ -5,24 +5,41 @@ a control token: control strings inside contents are cut in two before they are 
 """
 
 import re
-from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import jinja2
-from transformers.utils.chat_template_utils import render_jinja_template
-
-from stagekit.formats import Conversation, RowError
+from stagekit.chat_templates import (
+    PROBE,
+    TEMPLATE_ERRORS,
+    THOUGHTFUL_PROBE,
+    THOUGHTS,
+    Ends,
+    Frame,
+    added_tokens,
+    answer_behind,
+    asks_for_thoughts,
+    choose_thinking,
+    complete_template,
+    find_ends,
+    find_frame,
+    follows_its_prompt,
+    has_thoughts,
+    is_marked,
+    is_named,
+    is_stable,
+    render,
+)
+from stagekit.records import Conversation, RowError
 from template import get_template
 
 IGNORE_INDEX = -100  # torch.nn.functional.cross_entropy skips these positions
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Noncharacters of Unicode: they stand for a control string found in a content while the template is rendered.
 GUARD = re.compile("\ufdd0([0-9]+)\ufdd1")
-# Settings of known templates, tried in this order when an answer does not follow its prompt directly. Qwen3 and its
-# relatives open an answer with an empty think block unless thinking is off.
-SETTINGS = ({}, {"enable_thinking": "false"})
+
+
+class Rewritten(Exception):
+    """The template writes a turn otherwise when others follow it: there is no whole to cut answers from."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +49,37 @@ class Chat:
     Attributes:
         tokenizer: its chat_template is the one used for training, and is saved with the checkpoint.
         name: template name, or "own" for the tokenizer's.
-        end_of_turn: the text that closes an answer; trained.
-        stop_ids: token ids that end generation, end_of_turn's first.
-        stable: a conversation's rendering starts with the rendering of its beginning. False for templates that
-            rewrite history (Qwen3 and DeepSeek-R1 drop earlier thoughts): then each answer is its own sample.
+        ends: what closes an answer; trained.
+        stop_ids: token ids that end generation, the end-of-turn's first.
+        stable: a plain conversation's rendering starts with the rendering of its beginning, and several answers can be
+            learnt in one sample. False for templates that always rewrite history (Qwen3): then each answer is its own
+            sample. A template that does so now and then (to drop thoughts, to move a system text) is found out by the
+            conversation it does it to.
+        thinks: the template has two prompts, for answers with thoughts and for answers without (enable_thinking).
+        frame: writes plain conversations without Jinja; None where the template needs it.
+        proven: the frame is one of template.py's. Others are compared with the template's rendering of every text.
     """
 
     tokenizer: object
     name: str
-    end_of_turn: str
+    ends: Ends
     stop_ids: list[int]
     stable: bool
+    thinks: bool
     control: re.Pattern = field(repr=False)
     special: re.Pattern = field(repr=False)
     joiner: "Joiner" = field(repr=False)
+    frame: Frame | None = field(repr=False)
+    proven: bool = False
+
+    @property
+    def end_of_turn(self) -> str:
+        """The text that closes an answer."""
+        return self.ends.turn
+
+    def thinking_of(self, message: dict) -> bool | None:
+        """The enable_thinking under which an answer is learnt; None where the template knows no such choice."""
+        return has_thoughts(message["content"]) if self.thinks else None
 
 
 @dataclass
@@ -57,12 +91,14 @@ class Sample:
             first token, which nothing predicts.
         turns: for each assistant message that is learnt here, its index -> its (start, end) in tokens.
         truncated: the last of them lost its end, and with it the end-of-turn token.
+        thinking: enable_thinking of its prompt where that is not the answer's own (see encode_messages).
     """
 
     input_ids: list[int]
     labels: list[int]
     turns: dict[int, tuple[int, int]] = field(default_factory=dict)
     truncated: bool = False
+    thinking: bool | None = None
 
 
 # -- templates -------------------------------------------------------------------------------------------------------
@@ -79,9 +115,10 @@ def prepare_chat(tokenizer, template_name: str | None) -> Chat:
         ValueError: no template, a stop string the vocabulary does not hold as one token, or a template whose answers
             cannot be told apart from its prompts.
     """
+    name, stops = "own", ()
     if template_name:
         template = get_template(template_name)
-        tokenizer.chat_template = template.chat_template()
+        tokenizer.chat_template, name = template.chat_template(), template.name
         stops = template.stop_strings(tokenizer.eos_token)
     elif tokenizer.chat_template is None:
         raise ValueError(
@@ -90,85 +127,80 @@ def prepare_chat(tokenizer, template_name: str | None) -> Chat:
             "chatml for a base model whose vocabulary has <|im_end|> (vicuna suits any other)"
         )
     else:
-        stops = ()
-        _choose_settings(tokenizer)
-    control, special = _control_patterns(tokenizer)
-    end_of_turn = stops[0] if stops else _find_end_of_turn(tokenizer)
-    stop_ids = [
-        tokenizer.convert_tokens_to_ids(stop) for stop in (end_of_turn, *stops[1:]) if _is_token(tokenizer, stop)
-    ]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in stop_ids:
-        stop_ids.append(tokenizer.eos_token_id)
-    if not _is_token(tokenizer, end_of_turn):
+        complete_template(tokenizer)
+    try:
+        ends = Ends(stops[0], stops[0]) if stops else find_ends(tokenizer)
+        marked = is_marked(tokenizer.chat_template)
+        follows = marked or follows_its_prompt(tokenizer)
+        stable = all(is_stable(tokenizer, ends, probe) for probe in (PROBE, THOUGHTFUL_PROBE)[: 1 + marked])
+        frame = find_frame(tokenizer, ends)
+    except TEMPLATE_ERRORS as error:
         raise ValueError(
-            f"template {template_name or 'of the tokenizer'!r} ends an answer with {end_of_turn!r}, which is "
+            f"the chat template ({name}) cannot write a plain conversation ({error}); choose another with "
+            "--template_name"
+        ) from None
+    if not follows:
+        raise ValueError(
+            "this tokenizer's chat template does not let an answer follow its generation prompt directly, so "
+            "what is trained "
+            "could differ from what is asked at inference; choose a named template with --template_name (qwen3, "
+            "deepseek3, …)"
+        )
+    if not _is_token(tokenizer, ends.turn):
+        raise ValueError(
+            f"template {template_name or 'of the tokenizer'!r} ends an answer with {ends.turn!r}, which is "
             "not one token "
             "of this vocabulary, so nothing would learn to stop; choose a template that fits the tokenizer "
             "(vicuna and alpaca end with its own eos token)"
         )
-    name, joiner = template_name or "own", Joiner(tokenizer)
-    return Chat(tokenizer, name, end_of_turn, stop_ids, _is_stable(tokenizer), control, special, joiner)
+    known = [stop for stop in (ends.turn, ends.call, *stops[1:]) if _is_token(tokenizer, stop)]
+    stop_ids = [tokenizer.convert_tokens_to_ids(stop) for stop in known]
+    stop_ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    thinks, proven = asks_for_thoughts(tokenizer) is not None, is_named(tokenizer.chat_template)
+    patterns, stop_ids = _control_patterns(tokenizer), list(dict.fromkeys(stop_ids))
+    return Chat(tokenizer, name, ends, stop_ids, stable, thinks, *patterns, Joiner(tokenizer), frame, proven)
 
 
-PROBE = [
-    {"role": "user", "content": "alpha"},
-    {"role": "assistant", "content": "beta"},
-    {"role": "user", "content": "gamma"},
-    {"role": "assistant", "content": "delta"},
-]
-# Some templates rewrite history only where there are thoughts to drop.
-THOUGHTFUL_PROBE = [PROBE[0], {**PROBE[1], "content": "<think>\nepsilon\n</think>\n\nbeta"}, *PROBE[2:]]
+def settle_thinking(chat: Chat, num_thoughtful: int, num_answers: int) -> str:
+    """Let inference ask in the way most of the trained answers were asked; part of the template that is saved.
 
+    Answers with thoughts are learnt behind the prompt that asks for them, the others behind the one that does not,
+    also where the data has both. Then the more frequent kind is asked for where nobody says enable_thinking.
 
-def _choose_settings(tokenizer):
-    """Write into the template the first of SETTINGS under which an answer directly follows its prompt."""
-    if GENERATION_MARK.search(tokenizer.chat_template):
-        return
-    template = tokenizer.chat_template
-    for settings in SETTINGS:
-        tokenizer.chat_template = "".join(f"{{%- set {k} = {v} %}}" for k, v in settings.items()) + template
-        prompt, full = _render(tokenizer, PROBE[:3], None, True)[0], _render(tokenizer, PROBE, None, False)[0]
-        if full.startswith(prompt) and full[len(prompt) :].lstrip(" ").startswith("delta"):
-            return
-    tokenizer.chat_template = template
-    raise ValueError(
-        "this tokenizer's chat template does not let an answer follow its generation prompt directly, so "
-        "what is trained "
-        "could differ from what is asked at inference; choose a named template with --template_name (qwen3, "
-        "deepseek3, …)"
+    Args:
+        chat: what prepare_chat returned; nothing changes where its template knows no such choice.
+        num_thoughtful: trained answers with thoughts.
+        num_answers: all trained answers.
+
+    Returns:
+        What there is to say about it; "" where no answer has thoughts.
+    """
+    if not chat.thinks or not num_answers:
+        return ""
+    thinking = 2 * num_thoughtful > num_answers
+    choose_thinking(chat.tokenizer, thinking)
+    if not num_thoughtful:
+        return ""
+    asked = "for thoughts" if thinking else "for answers without"
+    return (
+        f"{num_thoughtful:,} of {num_answers:,} trained answers have thoughts: the template that is saved asks "
+        f"{asked} unless enable_thinking says otherwise"
     )
 
 
-def _find_end_of_turn(tokenizer):
-    tail = _render(tokenizer, PROBE, None, False)[0].rsplit("delta", 1)[1]
-    found = [token for token in _added_tokens(tokenizer) if token and token in tail]
-    if found:
-        return min(found, key=tail.index)
-    return tokenizer.eos_token or tail.strip()
-
-
-def _is_stable(tokenizer):
-    for probe in (PROBE, THOUGHTFUL_PROBE):
-        first, answered, asked = (_render(tokenizer, probe[:count], None, count % 2 == 1)[0] for count in (1, 2, 3))
-        again, full = _render(tokenizer, probe[:3], None, False)[0], _render(tokenizer, probe, None, False)[0]
-        if not (full.startswith(asked) and again.startswith(answered) and answered.startswith(first)):
-            return False
-    return True
-
-
-def _added_tokens(tokenizer):
-    return [token.content for token in tokenizer.added_tokens_decoder.values()]
+def count_thoughtful(conversation: Conversation, samples: list[Sample]) -> int:
+    """Count the learnt answers that have thoughts."""
+    messages = conversation.messages
+    return sum(has_thoughts(messages[turn]["content"]) for sample in samples for turn in sample.turns)
 
 
 def _control_patterns(tokenizer):
     """(every added token, only the special ones) as patterns, longest first; the guard's own marks are control."""
-    special = set(tokenizer.all_special_tokens) | {
-        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-    }
-    every = special | set(_added_tokens(tokenizer))
+    special = set(tokenizer.all_special_tokens) | set(added_tokens(tokenizer, special=True))
+    every = special | set(added_tokens(tokenizer))
     marks = ["\ufdd0", "\ufdd1"]
     patterns = []
-    for tokens in (every, special):
+    for tokens in (every, special - {"<think>", "</think>"}):  # an answer may think in whatever tokens it takes
         ordered = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
         patterns.append(re.compile("|".join(map(re.escape, [*ordered, *marks]))))
     return patterns
@@ -178,27 +210,24 @@ def _is_token(tokenizer, text):
     return bool(text) and len(tokenizer.encode(text, add_special_tokens=False)) == 1
 
 
-def _render(tokenizer, messages, tools, add_generation_prompt):
-    """Render with transformers' own engine; return (text, [(start, end), …] of the answers, [] without marks)."""
-    marked = bool(GENERATION_MARK.search(tokenizer.chat_template))
-    result = render_jinja_template(
-        [messages],
-        tools=tools,
-        chat_template=tokenizer.chat_template,
-        add_generation_prompt=add_generation_prompt,
-        return_assistant_tokens_mask=marked,
-        **tokenizer.special_tokens_map,
-    )
-    return result[0][0], result[1][0] if marked else []
-
-
 # -- conversations ---------------------------------------------------------------------------------------------------
 
 
-def encode_prompt(chat: Chat, messages: list[dict], tools: list[dict] | None = None) -> list[int]:
-    """Token ids that inference sends for messages ending with a user or tool turn."""
-    pieces, forged = _pieces(chat, messages, tools, add_generation_prompt=True)
-    return _encode_pieces(chat, pieces, forged)[0]
+def encode_prompt(
+    chat: Chat, messages: list[dict], tools: list[dict] | None = None, thinking: bool | None = None
+) -> list[int]:
+    """Token ids that inference sends for messages ending with a user or tool turn.
+
+    Args:
+        chat: what prepare_chat returned.
+        messages, tools: of the conversation.
+        thinking: ask for thoughts or for an answer without; None asks as the template says.
+
+    Raises:
+        RowError: the template refuses the messages.
+    """
+    guarded, tools, forged = _guarded(chat, messages, tools)
+    return _encode_pieces(chat, _prompt_pieces(chat, guarded, tools, thinking), forged)[0]
 
 
 def encode_conversation(
@@ -208,11 +237,12 @@ def encode_conversation(
 
     A conversation that is too long becomes several samples, cut at turn borders: each carries the system prompt and as
     much recent history as fits, and every answer that fits at all is learnt exactly once. An answer that does not fit
-    even with its own question alone is cut at the limit and gets no end-of-turn token.
+    even with its own question alone is cut at the limit and gets no end-of-turn token. Answers with "train": False are
+    shown as history and never learnt.
 
     Args:
         chat: what prepare_chat returned.
-        conversation: checked messages (formats.check_turns).
+        conversation: checked messages (dialogues.check_turns).
         max_length: limit in tokens.
         train_on_inputs: learn the prompts as well.
 
@@ -222,50 +252,94 @@ def encode_conversation(
     Raises:
         RowError: the template refuses the conversation.
     """
-    messages = conversation.messages
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
-    if chat.stable:  # a target is a whole exchange: a question and what follows up to the next one
-        targets = [(start, end) for start, end in zip(starts, [*starts[1:], len(messages)], strict=True)]
-    else:  # a target is one answer, with everything before it as its prompt
-        targets = [
-            (max(start for start in starts if start < index), index + 1)
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+    if chat.stable:
+        try:
+            return _encode_exchanges(chat, conversation, max_length, train_on_inputs)
+        except Rewritten:
+            pass
+    return _encode_answers(chat, conversation, max_length, train_on_inputs)
 
-    def build(first, begin, end):
-        """Encode messages[first:end] behind the system prompt; learn the answers from message `begin` on."""
-        offset = first - len(system)
-        learnt = [i - offset for i in range(begin, end) if messages[i]["role"] == "assistant"]
-        if not chat.stable:
-            learnt = learnt[-1:]
-        part = system + messages[first:end]
-        sample = encode_messages(chat, part, conversation.tools, learnt, train_on_inputs)
-        sample.turns = {turn + offset: span for turn, span in sample.turns.items()}
-        return sample
 
-    samples, lost, index, first = [], 0, 0, starts[0]
-    while index < len(targets):
-        begin, end = targets[index]
-        if not chat.stable:  # history without its thoughts is shorter: more of it may fit than before the last answer
-            first = starts[0]
-        sample = build(first, begin, end)
-        while len(sample.input_ids) > max_length and first < begin:
-            first = next(start for start in starts if start > first)
-            sample = build(first, begin, end)
+def _learnt_turns(messages):
+    return [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+
+
+def _encode_answers(chat, conversation, max_length, train_on_inputs):
+    """encode_conversation with one answer a sample, behind as much of its own history as fits."""
+    messages, samples, lost, earliest = conversation.messages, [], 0, 0
+    for turn in _learnt_turns(messages):
+        if any("</think>" in message["content"] for message in messages[:turn]):
+            earliest = 0  # a history without its thoughts is shorter than they were: more of it may fit than before
+        for first, shown in histories(messages[:turn]):
+            if first < earliest:
+                continue
+            part, earliest = [*shown, messages[turn]], first
+            sample, _ = _encode(chat, part, conversation.tools, [len(shown)], False, train_on_inputs)
+            if len(sample.input_ids) <= max_length:
+                break
+        sample.turns = dict(zip([turn], sample.turns.values(), strict=False))
         if len(sample.input_ids) > max_length:
             sample, dropped = _truncate(sample, max_length)
             lost += dropped
-        elif chat.stable:
-            while index + 1 < len(targets):
-                longer = build(first, begin, targets[index + 1][1])
-                if len(longer.input_ids) > max_length:
-                    break
-                sample, index = longer, index + 1
-        if sample.turns:
-            samples.append(sample)
-        index += 1
+        samples += [sample] if sample.turns else []
+    return samples, lost
+
+
+def _encode_exchanges(chat, conversation, max_length, train_on_inputs):
+    """encode_conversation with as many exchanges (a question and what follows it) a sample as fit.
+
+    Raises:
+        Rewritten: the template does not write the conversation so that its prompts are beginnings of it.
+    """
+    messages, learnt = conversation.messages, _learnt_turns(conversation.messages)
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    starts = [index for index, message in enumerate(messages) if message["role"] == "user"]
+    exchanges = list(zip(starts, [*starts[1:], len(messages)], strict=True))
+    exchanges = [exchange for exchange in exchanges if exchange[0] < max(learnt, default=0)]  # more teaches nothing
+    if not exchanges:
+        return [], 0
+
+    def build(first, index, last):
+        """(Sample, token ends of its exchanges): those from `first` to `last`, learnt from the one at `index` on."""
+        begin, end = exchanges[first][0], exchanges[last][1]
+        part, offset = system + messages[begin:end], begin - len(system)
+        chosen = [turn - offset for turn in learnt if exchanges[index][0] <= turn < end]
+        sample, spans = _encode(chat, part, conversation.tools, chosen, True, train_on_inputs)
+        sample.turns = {turn + offset: span for turn, span in sample.turns.items()}
+        return sample, [spans[end - 1 - offset][1] for _, end in exchanges[first : last + 1]]
+
+    sample, reached = build(0, 0, len(exchanges) - 1)
+    if len(sample.input_ids) <= max_length:
+        return [sample], 0
+    # What each exchange adds to a sample, in tokens: nearly always exact, and every sample is built to see. The first
+    # is given too much rather than too little, so that history is not dropped for nothing.
+    tail = len(sample.input_ids) - reached[-1]
+    added = [end - before for end, before in zip(reached, [-tail, *reached[:-1]], strict=True)]
+    samples, lost, first, index = [], 0, 0, 0
+    while index < len(exchanges):
+        if not any(exchanges[index][0] <= turn < exchanges[index][1] for turn in learnt):
+            index += 1
+            continue
+        sample = build(first, index, index)[0]
+        while (excess := len(sample.input_ids) - max_length) > 0 and first < index:
+            while excess > 0 and first < index:
+                excess -= added[first]
+                first += 1
+            sample = build(first, index, index)[0]
+        last = index
+        if len(sample.input_ids) > max_length:
+            sample, dropped = _truncate(sample, max_length)
+            lost += dropped
+        else:
+            room = max_length - len(sample.input_ids)
+            while last + 1 < len(exchanges) and added[last + 1] <= room:
+                last += 1
+                room -= added[last]
+            while last > index and len((longer := build(first, index, last)[0]).input_ids) > max_length:
+                last -= 1
+            sample = longer if last > index else sample
+        samples += [sample] if sample.turns else []
+        index = last + 1
     return samples, lost
 
 
@@ -281,10 +355,67 @@ def histories(prompt: list[dict]) -> Iterator[tuple[int, list[dict]]]:
             yield first, [*prompt[:num_system], *prompt[first:]]
 
 
+def encode_messages(
+    chat: Chat,
+    messages: list[dict],
+    tools: list[dict] | None,
+    learnt: list[int],
+    train_on_inputs: bool = False,
+    thinking: bool | None = None,
+) -> Sample:
+    """Tokenise messages as one sample, whatever its length, and learn the answers with the given indices.
+
+    Where the template rewrites their history, only the last message is learnt.
+
+    Args:
+        chat: what prepare_chat returned.
+        messages, tools: of a conversation that ends with an answer.
+        learnt: indices of answers.
+        train_on_inputs: learn the prompts as well.
+        thinking: the prompt the last answer stands behind, where it shall not be the answer's own kind: several
+            answers to one prompt are compared behind the same tokens. Only where the template knows the choice.
+
+    Raises:
+        RowError: the template refuses the messages.
+    """
+    if chat.stable and (thinking is None or all(chat.thinking_of(messages[turn]) == thinking for turn in learnt)):
+        try:
+            return _encode(chat, messages, tools, learnt, True, train_on_inputs)[0]
+        except Rewritten:
+            pass
+    return _encode(chat, messages, tools, learnt, False, train_on_inputs, thinking)[0]
+
+
+def _encode(chat, messages, tools, learnt, whole, train_on_inputs, thinking=None):
+    """(Sample, {index of an answer: (start, end)}); see encode_messages."""
+    guarded, tools, forged = _guarded(chat, messages, tools)
+    if whole:
+        pieces = _whole_pieces(chat, guarded, tools)
+    else:
+        pieces = _last_answer(chat, guarded, tools, chat.thinking_of(messages[-1]) if thinking is None else thinking)
+    input_ids, spans = _encode_pieces(chat, pieces, forged)
+    turns = {turn: span for turn, span in spans.items() if turn in learnt}
+    excluded = [index for index, message in enumerate(messages) if not message.get("train", True)]
+    if train_on_inputs and all(turn in spans for turn in excluded):
+        labels = list(input_ids)
+        for start, end in (spans[turn] for turn in excluded):
+            labels[start:end] = [IGNORE_INDEX] * (end - start)
+    else:
+        labels = [IGNORE_INDEX] * len(input_ids)
+        for start, end in turns.values():
+            labels[start:end] = input_ids[start:end]
+    labels[0] = IGNORE_INDEX
+    return Sample(input_ids, labels, turns, thinking=thinking), spans
+
+
+# -- rendering -------------------------------------------------------------------------------------------------------
+
+
 def _guarded(chat, messages, tools):
     """Replace control strings inside contents, tool calls and tools by guard marks.
 
-    Answers may hold added tokens such as <think>. Returns (messages, tools, control strings by their number).
+    Answers may hold added tokens such as <think>; where the template knows thoughts, it is the one to write an empty
+    one. Returns (messages, tools, control strings by their number).
     """
     forged = []
 
@@ -303,104 +434,167 @@ def _guarded(chat, messages, tools):
 
     result = []
     for message in messages:
-        pattern = chat.special if message["role"] == "assistant" else chat.control
-        result.append({key: value if key == "role" else guard(value, pattern) for key, value in message.items()})
+        answer = message["role"] == "assistant"
+        pattern = chat.special if answer else chat.control
+        copy = {key: guard(value, pattern) for key, value in message.items() if key not in ("role", "train")}
+        if answer and chat.thinks and (thoughts := THOUGHTS.match(copy["content"])) and not thoughts.group(1).strip():
+            copy["content"] = copy["content"][thoughts.end() :]
+        result.append({"role": message["role"], **copy})
     return result, guard(tools, chat.control), forged
 
 
-def _pieces(chat, messages, tools, add_generation_prompt):
-    """Render messages and cut the text where answers begin and end: [(text, index of the answer or None), …]."""
-    guarded, tools, forged = _guarded(chat, messages, tools)
+def _write(chat, messages, tools, asked, thinking=None):
+    """(text, places of its answers with their end-of-turn); [] where the template rewrites history.
+
+    Raises:
+        RowError: the template refuses the messages.
+    """
+    framed = chat.frame and chat.stable and not tools
+    if asked:  # a frame knows one kind of prompt, and the template refuses to ask behind an answer
+        framed = framed and messages[-1]["role"] == "user" and (thinking is False or not chat.thinks)
+    written = chat.frame.write(messages) if framed else None
+    if written and chat.proven:
+        return written
     try:
-        text, spans = _render(chat.tokenizer, guarded, tools, add_generation_prompt)
-        if not spans and chat.stable:
-            spans = _spans_by_prefix(chat, guarded, tools, text)
-    except jinja2.exceptions.TemplateError as error:
+        text, spans = render(chat.tokenizer, messages, tools, asked, thinking)
+        if written and written[0] == text:
+            return written
+        if spans and chat.stable:
+            return text, [(start, start + chat.ends.length(text[start:end])) for start, end in spans]
+        return text, _spans_by_prefix(chat, messages, tools, text) if chat.stable else []
+    except TEMPLATE_ERRORS as error:
         raise RowError(f"the chat template refuses this conversation: {error}") from None
+
+
+def _spans_by_prefix(chat, messages, tools, text):
+    """Find the answers of a template without marks: each begins where its prompt is over. [] where one does not."""
+    spans, before = [], 0
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render(chat.tokenizer, messages[:index], tools, True, chat.thinking_of(message))[0]
+        end = chat.ends.first(text, len(prompt)) or (0 if chat.ends.written else len(text))
+        if not (before <= len(prompt) < end and text.startswith(prompt) and _holds(text[len(prompt) : end], message)):
+            return []
+        spans.append((len(prompt), end))
+        before = end
+    return spans
+
+
+def _holds(answer, message):
+    """Whether what a template writes for an answer is what the message says."""
+    thoughts = THOUGHTS.match(message["content"])
+    parts = [thoughts.group(1), message["content"][thoughts.end() :]] if thoughts else [message["content"]]
+    parts += [call["function"]["name"] for call in message.get("tool_calls") or []]
+    return all(part.strip() in answer for part in parts)
+
+
+def _cut(chat, messages, text, spans):
+    """Cut a text where answers begin and end: [(text, index of the answer or None), …]."""
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(spans) > len(turns):
         raise RowError(f"the chat template marks {len(spans)} answers in a conversation with {len(turns)}")
     pieces, position = [], 0
     for turn, (start, end) in zip(turns, spans, strict=False):
-        end = start + _trained_length(chat, text[start:end])
         pieces += [(text[position:start], None), (text[start:end], turn)]
         position = end
-    return [*pieces, (text[position:], None)], forged
+    return [*pieces, (text[position:], None)]
 
 
-def _trained_length(chat, answer):
-    """Length of an answer up to and including its end-of-turn; what stands behind it (\\n, EOS) is the template's."""
-    end = answer.rfind(chat.end_of_turn)
-    return len(answer) if end < 0 else end + len(chat.end_of_turn)
+def _prompt_pieces(chat, messages, tools, thinking):
+    return _cut(chat, messages, *_write(chat, messages, tools, True, thinking))
 
 
-def _spans_by_prefix(chat, messages, tools, text):
-    """Find the answers of a template without marks: what rendering one message more adds to the prompt before it."""
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = _render(chat.tokenizer, messages[:index], tools, True)[0]
-            full = _render(chat.tokenizer, messages[: index + 1], tools, False)[0]
-            if not (full.startswith(prompt) and text.startswith(full.rstrip())):
-                raise RowError("the chat template rewrites earlier turns of this conversation; use --template_name")
-            spans.append((len(prompt), min(len(full), len(text))))
-    return spans
-
-
-def encode_messages(
-    chat: Chat, messages: list[dict], tools: list[dict] | None, learnt: list[int], train_on_inputs: bool = False
-) -> Sample:
-    """Tokenise messages as one sample, whatever its length, and learn the answers with the given indices.
-
-    Where the template is not stable, only the last message can be learnt.
+def _whole_pieces(chat, messages, tools):
+    """The pieces of a conversation, all of whose answers can be learnt.
 
     Raises:
-        RowError: the template refuses the messages.
+        Rewritten: it has no rendering that all its prompts are beginnings of.
     """
-    if chat.stable:
-        pieces, forged = _pieces(chat, messages, tools, False)
-    else:
-        pieces, forged = _last_answer(chat, messages, tools)
-    input_ids, owners = _encode_pieces(chat, pieces, forged)
-    turns = {}
-    for position, owner in enumerate(owners):
-        if owner in learnt:
-            turns[owner] = (turns.get(owner, (position,))[0], position + 1)
-    labels = list(input_ids) if train_on_inputs else [IGNORE_INDEX] * len(input_ids)
-    for start, end in turns.values():
-        labels[start:end] = input_ids[start:end]
-    labels[0] = IGNORE_INDEX
-    return Sample(input_ids, labels, turns)
+    answers = [message for message in messages if message["role"] == "assistant"]
+    thinking = any(map(chat.thinking_of, answers)) if chat.thinks else None
+    text, spans = _write(chat, messages, tools, False, thinking)
+    if not spans:
+        raise Rewritten
+    pieces = _cut(chat, messages, text, spans)
+    if not chat.ends.written and not pieces[-1][0]:
+        answer, turn = pieces[-2]
+        pieces[-2] = (answer + chat.ends.of(messages[turn]), turn)
+    return pieces
 
 
-def _last_answer(chat, messages, tools):
+def _last_answer(chat, messages, tools, thinking):
     """The pieces of a conversation whose last answer is learnt, for templates that rewrite history."""
-    guarded, tools, forged = _guarded(chat, messages, tools)
-    try:
-        prompt = _render(chat.tokenizer, guarded[:-1], tools, True)[0]
-        full = _render(chat.tokenizer, guarded, tools, False)[0]
-    except jinja2.exceptions.TemplateError as error:
-        raise RowError(f"the chat template refuses this conversation: {error}") from None
-    if not full.startswith(prompt):
+    framed = chat.frame and not (tools or chat.stable or thinking)
+    written = chat.frame.write(messages) if framed else None
+    if written and written[0] == _render(chat, messages, tools, False, thinking):
+        text, spans = written
+        start, end = spans[-1]
+        pieces, answer = [(text[:start], None)], text[start:end]
+    else:
+        pieces = _prompt_pieces(chat, messages[:-1], tools, thinking)
+        answer = _said(chat, messages, tools, thinking, "".join(text for text, _ in pieces))
+    if not chat.ends.written:
+        answer += chat.ends.of(messages[-1])
+    return [*pieces, (answer, len(messages) - 1)]
+
+
+def _said(chat, messages, tools, thinking, prompt):
+    """The text of the last answer and its end-of-turn, behind its prompt."""
+    answer = answer_behind(prompt, _render(chat, messages, tools, False, thinking), messages[-1]["content"])
+    if answer is None and messages[0]["role"] == "system":
+        # Mistral moves a system text into the last question, and forgets it where an answer follows; what is said does
+        # not depend on it.
+        prompt, full = (_render(chat, part, tools, asked, thinking) for part, asked in _without_system(messages))
+        answer = answer_behind(prompt, full, messages[-1]["content"])
+    if answer is None:
         raise RowError("the chat template does not let this answer follow its prompt; use --template_name")
-    answer = full[len(prompt) :]
-    return [(prompt, None), (answer[: _trained_length(chat, answer)], len(messages) - 1)], forged
+    if not _holds(answer, messages[-1]):
+        raise RowError("the chat template leaves out a part of this answer; use --template_name")
+    answer = answer[: chat.ends.length(answer)]
+    if chat.ends.written and not answer.endswith((chat.ends.turn, chat.ends.call)):
+        raise RowError("the chat template does not close this answer, and nothing would learn to; use --template_name")
+    return answer
+
+
+def _without_system(messages):
+    return (messages[1:-1], True), (messages[1:], False)
+
+
+def _render(chat, messages, tools, asked, thinking):
+    try:
+        return render(chat.tokenizer, messages, tools, asked, thinking)[0]
+    except TEMPLATE_ERRORS as error:
+        raise RowError(f"the chat template refuses this conversation: {error}") from None
 
 
 def _encode_pieces(chat, pieces, forged):
-    """Tokenise pieces one by one; return (input_ids, owners): for each token the answer it belongs to, or None."""
-    input_ids, owners = [], []
+    """Tokenise pieces one by one; return (input_ids, {answer: (start, end) in tokens})."""
+    texts, owners = [], []
     for text, owner in pieces:
-        parts = GUARD.split(text)  # text, index of a forged control string, text, …
-        for number, part in enumerate(parts):
-            ids = chat.joiner.neutral(forged[int(part)], input_ids) if number % 2 else chat.joiner(part, input_ids)
-            input_ids += ids
-            owners += [owner] * len(ids)
-    return input_ids, owners
+        for number, part in enumerate(GUARD.split(text) if forged else [text]):
+            cut = chat.joiner.cut(forged[int(part)]) if number % 2 else [part]
+            texts += cut
+            owners += [owner] * len(cut)
+    input_ids, spans = [], {}
+    for owner, ids in zip(owners, chat.joiner.encode(texts), strict=True):
+        start, end = len(input_ids), len(input_ids) + len(ids)
+        input_ids += ids
+        if owner is not None and ids:
+            spans[owner] = (spans.get(owner, (start,))[0], end)
+    return input_ids, spans
 
 
 def _plain_ids(tokenizer, text):
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _batch_ids(tokenizer, [text])[0]
+
+
+def _batch_ids(tokenizer, texts):
+    """Token ids of each text without BOS or EOS; the backend is asked directly, which takes a fraction of the time."""
+    backend = tokenizer.backend_tokenizer
+    if backend.padding or backend.truncation or backend.encode_special_tokens:  # left there by another call
+        return [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 class Joiner:
@@ -426,6 +620,21 @@ class Joiner:
         """Control tokens by their ids."""
         return {key: token.content for key, token in self.tokenizer.added_tokens_decoder.items()}
 
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of pieces that stand one behind the other."""
+        if not self.needs_anchor:
+            return _batch_ids(self.tokenizer, texts) if texts else []
+        result, before = [], []
+        for text in texts:
+            result.append(self(text, before))
+            before = result[-1] or before
+        return result
+
+    def cut(self, control: str) -> list[str]:
+        """A control string in two, so that neither part is one: encoded as pieces they are ordinary text."""
+        assert len(control) < 2 or not {control[:1], control[1:]} & set(self.added.values())
+        return [control[:1], control[1:]]
+
     def __call__(self, text: str, before: list[int]) -> list[int]:
         """Token ids of a piece that stands behind the ids `before`."""
         if not text or not before or not self.needs_anchor:
@@ -436,13 +645,6 @@ class Joiner:
             if ids[: len(anchor_ids)] == anchor_ids:
                 return ids[len(anchor_ids) :]
         return _plain_ids(self.tokenizer, text)
-
-    def neutral(self, text: str, before: list[int]) -> list[int]:
-        """Token ids of a control string as ordinary text: it is cut behind its first character."""
-        head = self(text[:1], before)
-        ids = head + self(text[1:], head or before)
-        assert len(text) < 2 or self.tokenizer.convert_tokens_to_ids(text) not in ids
-        return ids
 
 
 def _truncate(sample, max_length):
@@ -473,13 +675,11 @@ def encode_document(chat_control: re.Pattern, tokenizer, text: str, block_size: 
 
     Nothing is dropped: a longer document continues in the next piece. Control strings inside it stay plain text.
     """
-    input_ids, position, join = [], 0, Joiner(tokenizer)
-    for match in [*chat_control.finditer(text), None]:
-        stop = match.start() if match else len(text)
-        input_ids += join(text[position:stop], input_ids)
-        if match:
-            input_ids += join.neutral(match.group(), input_ids)
-            position = match.end()
+    texts, position, joiner = [], 0, Joiner(tokenizer)
+    for match in chat_control.finditer(text):
+        texts += [text[position : match.start()], *joiner.cut(match.group())]
+        position = match.end()
+    input_ids = [token for ids in joiner.encode([*texts, text[position:]]) for token in ids]
     if _adds_bos(tokenizer):
         input_ids.insert(0, tokenizer.bos_token_id)
     input_ids.append(tokenizer.eos_token_id)
@@ -501,147 +701,7 @@ def document_control(tokenizer) -> re.Pattern:
     return _control_patterns(tokenizer)[0]
 
 
-# -- rows ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A conversation of the data and one of the samples made from it; the checks look at some of them."""
-
-    conversation: Conversation
-    sample: Sample
-    origin: str
-
-
-NUM_PROBES = 64
-
-
-def tokenize_rows(rows, ledger, encode, block_size: int, packing: bool, num_workers: int | None, description: str):
-    """Tokenise rows into the columns of a dataset, and close their ledger.
-
-    Args:
-        rows: list of data.Row.
-        ledger: their data.Ledger; used, dropped, truncated, turns and tokens are filled in.
-        encode: function from a canonical record to (samples, number of answers that did not fit).
-        block_size: length of a packed row in tokens.
-        packing: put several samples into a row.
-        num_workers: processes; None or 1 works in this one.
-        description: for the progress bar.
-
-    Returns:
-        (columns, probes): {"input_ids", "labels", "lengths"} as lists of rows, and up to NUM_PROBES probes.
-
-    Raises:
-        ValueError: a row the template refuses, or nothing left to learn.
-    """
-    encoded = map_rows(rows, encode, num_workers, description)
-    samples, probes = [], []
-    for row, (found, lost) in zip(rows, encoded, strict=True):
-        ledger.turns.update({"dropped": lost} if lost else {})
-        if not found:
-            ledger.drop("does not fit the length limit")
-            continue
-        ledger.used += 1
-        for sample in found:
-            ledger.turns.update({"trained": len(sample.turns)} if sample.turns else {})
-            if sample.truncated:
-                ledger.turns.update({"truncated": 1})
-                ledger.truncated += 1
-        samples += found
-        if isinstance(row.record, Conversation):
-            probes.append((row.record, found, row.origin))
-    if not samples:
-        raise ValueError(f"{ledger.files[0]}: no sample is left to learn from; raise the length limit")
-    ledger.samples = len(samples)
-    ledger.tokens["used"] = sum(len(sample.input_ids) for sample in samples)
-    ledger.tokens["trained"] = sum(label != IGNORE_INDEX for sample in samples for label in sample.labels)
-    groups = pack(samples, block_size) if packing else [[index] for index in range(len(samples))]
-    ledger.packed_rows = len(groups) if packing else 0
-    ledger.close()
-    columns = {
-        "input_ids": [[token for index in group for token in samples[index].input_ids] for group in groups],
-        "labels": [[label for index in group for label in samples[index].labels] for group in groups],
-        "lengths": [[len(samples[index].input_ids) for index in group] for group in groups],
-    }
-    return columns, choose_probes(probes)
-
-
-def choose_probes(candidates: list[tuple[Conversation, list[Sample], str]]) -> list[Probe]:
-    """Choose what the checks look at: first what is likely to go wrong (cut answers, split conversations, tools, many
-    turns), then the first rows.
-
-    Args:
-        candidates: a conversation, the samples made from it, and where it stands.
-    """
-
-    def difficulty(item):
-        conversation, samples, _ = item
-        turns = sum(len(sample.turns) for sample in samples)
-        return -(
-            any(sample.truncated for sample in samples) * 8
-            + bool(conversation.tools) * 4
-            + (len(samples) > 1) * 2
-            + turns
-        )
-
-    chosen = sorted(candidates, key=difficulty)[: NUM_PROBES // 2] + candidates[: NUM_PROBES // 2]
-    probes = [Probe(talk, sample, origin) for talk, samples, origin in chosen for sample in samples]
-    distinct = {(probe.origin, tuple(probe.sample.turns), tuple(probe.sample.input_ids)): probe for probe in probes}
-    return list(distinct.values())[:NUM_PROBES]
-
-
-def map_rows(rows, encode, num_workers: int | None, description: str) -> list:
-    """Encode the record of every row, in order, with a progress bar; an error names the row."""
-    from tqdm import tqdm
-
-    def one(index):
-        try:
-            return encode(rows[index].record)
-        except RowError as error:
-            raise ValueError(f"{rows[index].origin}: {error}") from None
-
-    progress = {"total": len(rows), "desc": description, "unit": "row", "mininterval": 0.5}
-    if not num_workers or num_workers == 1:
-        return [one(index) for index in tqdm(range(len(rows)), **progress)]
-    import multiprocessing
-
-    global _one  # a forked worker inherits it, so rows need not travel
-    _one = one
-    with multiprocessing.get_context("fork").Pool(num_workers) as pool:
-        return list(tqdm(pool.imap(_call_one, range(len(rows)), chunksize=64), **progress))
-
-
-def _call_one(index):
-    return _one(index)
-
-
-# -- packing ---------------------------------------------------------------------------------------------------------
-
-
-def pack(samples: list[Sample], block_size: int) -> list[list[int]]:
-    """Group samples into rows of at most block_size tokens: best fit, longest first. No sample is cut or dropped.
-
-    Args:
-        samples: none longer than block_size.
-
-    Returns:
-        Lists of indices into samples, one a row, deterministic.
-    """
-    order = sorted(range(len(samples)), key=lambda index: -len(samples[index].input_ids))
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for index in order:
-        length = len(samples[index].input_ids)
-        place = bisect_left(room, (length, -1))
-        if place < len(room):
-            left, row = room.pop(place)
-            rows[row].append(index)
-        else:
-            left, row = block_size, len(rows)
-            rows.append([index])
-        if left - length > 0:
-            insort(room, (left - length, row))
-    return rows
+# -- batches ----------------------------------------------------------------------------------------------------------
 
 
 class Collator:

@@ -11,7 +11,16 @@ import pytest
 from jinja2.ext import Extension
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from template import TEMPLATES, Template, get_template
+from template import (
+    ALIASES,
+    TEMPLATES,
+    Template,
+    complete,
+    get_template,
+    is_completed,
+    thinking_default,
+    with_thinking_default,
+)
 
 ROOT = Path(__file__).parent.parent
 TOKENS = {"bos_token": "<BOS>", "eos_token": "<EOS>"}
@@ -59,6 +68,14 @@ WRITTEN = {
     "<|header_start|>user<|header_end|>\n\nQ2<|eot|><|header_start|>assistant<|header_end|>\n\nA2<|eot|>",
     "mistral": "<BOS>[INST] S\n\nQ1 [/INST]A1<EOS>[INST] Q2 [/INST]A2<EOS>",
     "mistral-v3": "<BOS>[INST] S\n\nQ1[/INST] A1<EOS>[INST] Q2[/INST] A2<EOS>",
+    "ministral": "<BOS>[INST]S\n\nQ1[/INST]A1<EOS>[INST]Q2[/INST]A2<EOS>",
+    "mistral-small": "<BOS>[SYSTEM_PROMPT]S[/SYSTEM_PROMPT][INST]Q1[/INST]A1<EOS>[INST]Q2[/INST]A2<EOS>",
+    "gemma4": "<BOS><|turn>system\nS<turn|>\n<|turn>user\nQ1<turn|>\n<|turn>model\nA1<turn|>\n"
+    "<|turn>user\nQ2<turn|>\n<|turn>model\nA2<turn|>\n",
+    "phi4": "<|im_start|>system<|im_sep|>S<|im_end|>"
+    "<|im_start|>user<|im_sep|>Q1<|im_end|><|im_start|>assistant<|im_sep|>A1<|im_end|>"
+    "<|im_start|>user<|im_sep|>Q2<|im_end|><|im_start|>assistant<|im_sep|>A2<|im_end|>",
+    "phi4-mini": "<|system|>S<|end|><|user|>Q1<|end|><|assistant|>A1<|end|><|user|>Q2<|end|><|assistant|>A2<|end|>",
     "gemma": "<BOS><start_of_turn>user\nS\n\nQ1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>\n"
     "<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<end_of_turn>\n",
     "phi": "<|system|>\nS<|end|>\n<|user|>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n"
@@ -107,14 +124,15 @@ WRITTEN |= {
 
 # What a model is trained to say where the answer is "A": most say "A<EOS>".
 TRAINED = dict.fromkeys(TEMPLATES, "A<EOS>") | {
-    **dict.fromkeys(["chatml", "qwen", "qwen3", "yi", "intern2"], "A<|im_end|>"),
+    **dict.fromkeys(["chatml", "qwen", "qwen3", "yi", "intern2", "phi4"], "A<|im_end|>"),
     **dict.fromkeys(["vicuna", "deepseek", "falcon", "openbuddy", "aquila", "mistral-v3"], " A<EOS>"),
     **dict.fromkeys(["llama2", "llama2-zh"], " A <EOS>"),
-    **dict.fromkeys(["phi", "starchat"], "A<|end|>"),
+    **dict.fromkeys(["phi", "phi4-mini", "starchat"], "A<|end|>"),
     **dict.fromkeys(["chatglm3", "glm4"], "\nA<|user|>"),
     "llama3": "A<|eot_id|>",
     "llama4": "A<|eot|>",
     "gemma": "A<end_of_turn>",
+    "gemma4": "A<turn|>",
     "cohere": "A<|END_OF_TURN_TOKEN|>",
     "openchat": " A<|end_of_turn|>",
     "intern": "A<eoa>",
@@ -348,11 +366,80 @@ def test_the_first_stop_string_is_the_end_of_turn_that_is_trained(name):
     assert all(stops) and not any("{eos}" in stop for stop in stops)
 
 
-def test_stop_strings_name_what_the_models_may_also_say():
-    assert get_template("llama3").stop_strings("<EOS>") == ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+# Where an answer of each format ends. Formats that name their own token end there, the others with the eos_token.
+STOPS = dict.fromkeys(TEMPLATES, ("<EOS>",)) | {
+    **dict.fromkeys(["chatml", "qwen", "qwen3", "yi", "intern2", "phi4"], ("<|im_end|>",)),
+    **dict.fromkeys(["phi", "phi4-mini", "starchat"], ("<|end|>",)),
+    "llama3": ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
+    "llama4": ("<|eot|>", "<|eom|>"),
+    "chatglm3": ("<|user|>", "<|observation|>"),
+    "glm4": ("<|user|>", "<|observation|>", "<|endoftext|>"),
+    "gemma": ("<end_of_turn>",),
+    "gemma4": ("<turn|>",),
+    "cohere": ("<|END_OF_TURN_TOKEN|>",),
+    "openchat": ("<|end_of_turn|>",),
+    "intern": ("<eoa>",),
+    "deepseekcoder": ("<|EOT|>",),
+    "falcon": ("<EOS>", "\nUser"),
+    "openbuddy": ("<EOS>", "User:"),
+    "aquila": ("<EOS>", "[UNK]"),  # without "###", with which Markdown headings begin
+}
+
+
+@every_template
+def test_stop_strings_are_those_of_the_format(name):
+    assert get_template(name).stop_strings("<EOS>") == STOPS[name]
+
+
+def test_a_format_with_a_token_of_its_own_needs_no_eos():
     assert get_template("glm4").stop_strings(None) == ("<|user|>", "<|observation|>", "<|endoftext|>")
-    assert get_template("falcon").stop_strings("<|endoftext|>") == ("<|endoftext|>", "\nUser")
     assert get_template("vicuna").stop_strings("</s>") == ("</s>",)
+
+
+# What users and other toolkits call the formats.
+OTHER_NAMES = {
+    "base": "empty raw",
+    "vicuna": "vicuna_v1.1 Vicuna",
+    "baichuan": "baichuan-chat",
+    "baichuan2": "baichuan2-chat",
+    "chatglm3": "ChatGLM3-6B",
+    "glm4": "glm-4 GLM4",
+    "llama2": "llama-2 Llama2",
+    "llama2-zh": "llama2_zh llama-2-zh chinese-alpaca2",
+    "llama3": "llama-3 Llama3 llama3.1 llama-3.2 llama3.3",
+    "llama4": "llama-4",
+    "mistral": "mistral_v0.1 mistral-v0.2",
+    "mistral-v3": "mistral_v3 mistral-v0.3",
+    "ministral": "mistral-nemo pixtral",
+    "mistral-small": "mistral_small",
+    "qwen": "Qwen qwen2 qwen2.5 qwen1.5 qwen-7b-chat",
+    "qwen3": "Qwen3 qwen3_nothink qwen3_5 qwen3.6 qwen3_5_nothink",
+    "yi": "Yi Yi-34b-chat",
+    "intern": "internlm-chat internlm",
+    "intern2": "internlm2",
+    "deepseek": "deepseek-chat deepseek-v2",
+    "deepseek3": "deepseek-v3 deepseekr1 deepseek-r1 DeepSeek-V3",
+    "deepseekcoder": "deepseek-coder",
+    "gemma": "gemma2 gemma3 gemma-2",
+    "phi": "phi3 phi-3 phi3.5",
+    "phi4": "phi-4",
+    "phi4-mini": "phi4_mini",
+    "cohere": "command-r",
+    "zephyr": "TinyLlama catppt",
+    "aquila": "aquila-chat",
+    "openchat": "openchat_3.5",
+    "falcon": "falcon-instruct",
+}
+
+
+def test_formats_are_found_by_the_names_users_know():
+    for name, others in OTHER_NAMES.items():
+        assert {get_template(other).name for other in (name, *others.split())} == {name}
+
+
+def test_no_name_stands_for_two_formats():
+    names = [name.lower().replace("_", "-") for names in (TEMPLATES, *ALIASES.values()) for name in names]
+    assert len(names) == len(set(names)) and set(ALIASES) <= set(TEMPLATES)
 
 
 def test_a_stop_string_is_named_once():
@@ -448,6 +535,7 @@ def own_template(file_name):
         ("qwen", "qwen2_5.jinja", PLAIN_WITH_SYSTEM),
         ("cohere", "cohere.jinja", PLAIN_WITH_SYSTEM),
         ("deepseek3", "deepseekv3.jinja", PLAIN_WITH_SYSTEM),
+        ("gemma4", "gemma4.jinja", PLAIN_WITH_SYSTEM),
     ],
 )
 def test_a_plain_conversation_reads_as_in_the_models_own_template(name, file_name, messages):
@@ -477,6 +565,128 @@ def test_a_first_question_to_qwen3_reads_as_in_its_own_template_when_it_shall_no
     options = {"add_generation_prompt": True, "enable_thinking": False, **TOKENS}
     texts, _ = render_jinja_template([PLAIN_WITH_SYSTEM[:2]], chat_template=own, **options)
     assert render("qwen3", PLAIN_WITH_SYSTEM[:2], add_generation_prompt=True)[0] == texts[0]
+
+
+# -- thoughts --------------------------------------------------------------------------------------------------------
+
+THOUGHT = "<think>\nhm\n</think>\n\nA1"
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+def test_an_answer_with_thoughts_takes_the_place_of_the_empty_block():
+    text, spans = render("qwen3", [U, said("assistant", THOUGHT), U, A, U, said("assistant", THOUGHT)])
+    ask = "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
+    assert text == f"{ask}{THOUGHT}<|im_end|>\n{ask}{EMPTY}a<|im_end|>\n{ask}{THOUGHT}<|im_end|>\n"
+    assert spans == [f"{THOUGHT}<|im_end|>", "a<|im_end|>", f"{THOUGHT}<|im_end|>"]
+
+
+@pytest.mark.parametrize("content", ["a <think>b</think>", "<think>b", "b</think>", EMPTY + "a"])
+def test_what_is_no_thought_stands_behind_the_empty_block(content):
+    assert f"assistant\n{EMPTY}{content}<|im_end|>" in render("qwen3", [U, said("assistant", content)])[0]
+
+
+def test_a_prompt_asks_for_thoughts_as_the_caller_or_else_the_template_says():
+    asked, source = "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n", get_template("qwen3").chat_template()
+    for default in (False, True):
+        written = with_thinking_default(source, default)
+        assert thinking_default(written) is default and with_thinking_default(written, False) == source
+        for says, thinks in (({}, default), ({"enable_thinking": True}, True), ({"enable_thinking": False}, False)):
+            texts, _ = render_jinja_template([[U]], chat_template=written, add_generation_prompt=True, **says)
+            assert texts == [asked + ("" if thinks else EMPTY)]
+
+
+def test_formats_without_such_a_block_know_no_choice():
+    for name in set(TEMPLATES) - {"qwen3"}:
+        source = get_template(name).chat_template()
+        assert thinking_default(source) is None and with_thinking_default(source, True) == source
+
+
+# -- what a tokenizer's own template lacks ---------------------------------------------------------------------------
+
+# Knows roles and contents, and nothing else.
+BARE = (
+    "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def written_by(source, messages, **options):
+    return render_jinja_template([messages], chat_template=source, **options)[0][0]
+
+
+def test_a_template_that_lacks_nothing_stays_as_it_is():
+    assert complete(BARE, []) == BARE and not is_completed(BARE)
+    assert is_completed(complete(BARE, ["system"])) and is_completed(get_template("vicuna").chat_template())
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  ", "\n  \n", "x\n"])
+def test_what_stands_before_a_template_leaves_no_trace(start):
+    for source in (start + BARE, start + BARE + "\n"):
+        whole = complete(source, ["thinking", "thoughts", "tools", "arguments", "ids", "system"])
+        assert written_by(whole, [U, A]) == written_by(source, [U, A])
+
+
+def test_a_system_text_goes_before_the_first_question():
+    assert written_by(complete(BARE, ["system"]), [S, U, A, U]) == "<user>s\n\nu<assistant>a<user>u"
+    assert written_by(complete(BARE, ["system"]), [said("system", ""), U]) == "<user>u"
+    assert written_by(complete(BARE, ["system"]), [U, A]) == "<user>u<assistant>a"
+
+
+def test_tools_calls_and_results_become_plain_json():
+    text = written_by(complete(BARE, ["tools", "system"]), WITH_TOOLS[:6], tools=[HOURS, BMI])
+    head, listed = text.split("<tools>\n", 1)
+    assert head.startswith("<user>S\n\nFunctions are at your disposal.")
+    listed, rest = listed.split("\n</tools>", 1)
+    assert [json.loads(line) for line in listed.split("\n")] == [HOURS, BMI]
+    assert rest.endswith(
+        "and </tool_response>.\n\nQ1<assistant>"
+        '<tool_call>\n{"name": "opening_hours", "arguments": {"name": "北门 <b>\\"药店\\"</b>"}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "bmi", "arguments": {"kg": 70.5}}\n</tool_call><user>'
+        '<tool_response>\n{"open": "8:00"}\n</tool_response>\n<tool_response>\n22.9\n</tool_response><assistant>A1'
+    ), rest
+    named, _ = render("gemma", WITH_TOOLS[:2], tools=[HOURS, BMI])
+    assert named.split("user\nS")[1].split("Q1")[0] == text.split("<user>S")[1].split("Q1")[0]  # in the same words
+    spoken = written_by(complete(BARE, ["tools"]), [U, said("assistant", "One moment.", tool_calls=[call("bmi", {})])])
+    assert spoken == ('<user>u<assistant>One moment.\n<tool_call>\n{"name": "bmi", "arguments": {}}\n</tool_call>')
+
+
+def test_functions_are_listed_where_a_template_writes_only_calls():
+    source = complete(BARE.replace("['user'", "['system', 'user'"), ["listing"])
+    text = written_by(source, [S, U], tools=[BMI])
+    start = (
+        "<system>s\n\nFunctions are at your disposal. Each line between <tools> and </tools> is the JSON description "
+    )
+    assert text == f"{start}of one:\n<tools>\n{json.dumps(BMI)}\n</tools><user>u"
+
+
+def test_arguments_become_text_and_ids_are_numbered_where_a_template_wants_them():
+    source = "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments + c.id }}|{% endfor %}"
+    source += "{{ m.tool_call_id or '' }}{% endfor %}"
+    text = written_by(complete(source, ["arguments", "ids"]), WITH_TOOLS)
+    assert text == (
+        '{"name": "北门 <b>\\"药店\\"</b>"}call00001|{"kg": 70.5}call00002|call00001call00002{}call00003|call00003'
+    )
+    given = [U, said("assistant", "", tool_calls=[{**call("bmi", "{}"), "id": "x"}]), {**TOOL, "tool_call_id": "x"}]
+    assert written_by(complete(source, ["arguments", "ids"]), given) == "{}x|x"
+
+
+def test_an_open_thought_is_closed_at_once_where_nobody_asks_for_it():
+    source = complete(
+        BARE.replace("<assistant>{% endif %}", "<assistant><think>\n{% endif %}"), ["thinking", "thoughts"]
+    )
+    ask = {"add_generation_prompt": True}
+    assert written_by(source, [U], **ask) == "<user>u<assistant><think>\n\n</think>\n\n"
+    assert written_by(source, [U], **ask, enable_thinking=True) == "<user>u<assistant><think>\n"
+    assert written_by(source, [U, A]) == "<user>u<assistant>a"
+    assert written_by(source.replace("<think>\n{%", "<think>{%"), [U], **ask).endswith("<think>\n\n</think>\n\n")
+
+
+def test_todays_date_is_a_fixed_day():
+    source = (
+        "{{ strftime_now('%d %b %Y') }} {{ strftime_now(\"%Y-%m-%d\") }}{% if strftime_now is defined %}!{% endif %}"
+    )
+    assert written_by(complete(source, []), [U]) == "26 Jul 2024 2024-07-26!"
 
 
 def test_template_imports_only_the_standard_library_and_jinja2():
