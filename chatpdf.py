@@ -392,8 +392,8 @@ def read_questions(path: str) -> list[tuple[str, str]]:
         FileNotFoundError: there is no such file.
         ValueError: it holds none, or a row has no "question".
     """
-    from stagekit.formats import RowError
     from stagekit.prediction import questions_of
+    from stagekit.records import RowError
 
     def read(record):
         question = record.get("question") if isinstance(record, dict) else None

@@ -31,14 +31,7 @@ from stagekit.arguments import (
     StageTrainingArguments,
     parse_args,
 )
-from stagekit.modeling import (
-    add_adapter,
-    copy_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    prepare_for_training,
-)
+from stagekit.modeling import add_adapter, copy_adapter, load_config, load_model, load_tokenizer, prepare_for_training
 from stagekit.pair_metrics import pair_accuracy, weighted_mean
 from stagekit.pairs import PairCollator
 from stagekit.run import check_memory, finish_run, load_pairs, plan_questions, print_preview, run_stage, start_run

@@ -148,7 +148,6 @@ def main(args: argparse.Namespace) -> None:
         get_template(args.template_name)
     choose_gpus(args.only_cpu, args.gpus)
     from stagekit.benchmarks import read_benchmarks
-    from stagekit.data import write_rejected
     from stagekit.generation import find_source
     from stagekit.scoring import find_reward_model
 
@@ -162,7 +161,12 @@ def main(args: argparse.Namespace) -> None:
     benchmarks, skipped = choose_benchmarks(benchmarks, bool(scorer))
     check_outputs(args, files, benchmarks)
     output_dir = make_directory(args.output_dir, "--output_dir")
-    write_rejected([row for file in files for row in file.rejected], output_dir)
+    from stagekit.data import REJECTED_ROWS
+    from stagekit.journal import write_lines
+
+    if rejected := [row for file in files for row in file.rejected]:
+        write_lines(output_dir / REJECTED_ROWS, rejected)
+        logger.warning("%d unreadable rows: %s", len(rejected), output_dir / REJECTED_ROWS)
     if scorer:
         journal, settings = ask_reward_model(args, source, benchmarks, output_dir)
     else:
@@ -297,12 +301,11 @@ def check_outputs(args: argparse.Namespace, files: list, benchmarks: list) -> No
 
 def open_journal(args: argparse.Namespace, benchmarks: list, output_dir: Path, **models: object):
     """Start a journal, or continue the one that an interrupted run of the same files, models and settings left."""
-    from stagekit.benchmarks import SUFFIXES
     from stagekit.checkpoint import file_sha256
-    from stagekit.data import find_files
+    from stagekit.files import find_files
     from stagekit.journal import Journal
 
-    shots = find_files(args.shots_file, SUFFIXES) if args.num_shots else []
+    shots = find_files(args.shots_file) if args.num_shots else []
     header = {
         "data_file": {benchmark.name: file_sha256(benchmark.path) for benchmark in benchmarks},
         "shots_file": [file_sha256(path) for path in shots],

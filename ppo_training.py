@@ -34,13 +34,7 @@ from stagekit.arguments import (
 )
 from stagekit.checkpoint import Source, base_fingerprint
 from stagekit.memory import zero_stage
-from stagekit.modeling import (
-    add_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    prepare_for_training,
-)
+from stagekit.modeling import add_adapter, load_config, load_model, load_tokenizer, prepare_for_training
 from stagekit.ppo import PPOTrainer, build_roles, build_separate_roles
 from stagekit.rewards import load_rewards
 from stagekit.rollouts import PromptCollator

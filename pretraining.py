@@ -21,16 +21,10 @@ from stagekit.arguments import (
     parse_args,
 )
 from stagekit.data import accept_text
-from stagekit.modeling import (
-    add_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    packs_exactly,
-    prepare_for_training,
-)
+from stagekit.encoding import encode_samples
+from stagekit.modeling import add_adapter, load_config, load_model, load_tokenizer, packs_exactly, prepare_for_training
 from stagekit.run import check_memory, finish_run, load_data, run_stage, start_run
-from stagekit.tokenization import Collator, document_control, encode_document, tokenize_rows
+from stagekit.tokenization import Collator, document_control, encode_document
 from stagekit.trainers import LanguageTrainer
 
 
@@ -67,13 +61,13 @@ def main():
     packing = packs_exactly(config, pt_args.packing)
     control = document_control(tokenizer)
 
-    def tokenize(rows, ledger, **progress):
-        def encode(record):
-            return encode_document(control, tokenizer, record.text, pt_args.block_size), 0
+    def encode(record):
+        return encode_document(control, tokenizer, record.text, pt_args.block_size), 0
 
-        return tokenize_rows(rows, ledger, encode, pt_args.block_size, packing, **progress)
+    def encode_chunk(rows):
+        return encode_samples(rows, encode, pt_args.block_size, packing)
 
-    datasets, _ = load_data(run, data_args, accept_text, tokenize, tokenizer, pt_args.block_size, packing)
+    datasets, _ = load_data(run, data_args, accept_text, encode_chunk, tokenizer, pt_args.block_size, packing)
 
     check_memory(run, config, model_args, lora_args, pt_args.block_size)
     model = load_model(run.source, model_args, training_args, config)

@@ -196,45 +196,48 @@ def read_prompts(args: argparse.Namespace, chat) -> tuple:
     """Read the prompts, draw --max_samples of them, and tokenise the ones that fit.
 
     Returns:
-        (prompts, ledger, rejected): a list of Prompt; see data.load_rows.
+        (prompts, ledger, rejected): a list of Prompt; ledger and ledger.Rejected of the rows.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: rows that hold no prompt, named by file and line; no prompt fits.
     """
-    from stagekit.arguments import DataArguments
-    from stagekit.data import draw, find_files, load_rows
-    from stagekit.prompts import TOO_LONG, accept_prompt, fit_prompt
-    from stagekit.tokenization import map_rows
+    import numpy as np
+    from tqdm import tqdm
 
-    def accept(record):
-        prompt = accept_prompt(record)
+    from stagekit.arguments import DataArguments
+    from stagekit.data import draw, load_rows
+    from stagekit.files import find_files
+    from stagekit.ledger import PROMPT_TOO_LONG
+    from stagekit.prompts import accept_prompt, fit_prompt
+    from stagekit.records import RowError
+
+    def with_system(prompt):
         if args.system_prompt and prompt.prompt[0]["role"] != "system":
             system = {"role": "system", "content": args.system_prompt}
             prompt = dataclasses.replace(prompt, prompt=[system, *prompt.prompt])
         return prompt
 
+    def accept(record):
+        found = accept_prompt(record)
+        return list(map(with_system, found)) if isinstance(found, list) else with_system(found)
+
     data_args = DataArguments(train_file_dir=args.data_file, data_format=args.data_format, on_bad_row=args.on_bad_row)
     rows, ledger, rejected = load_rows(find_files(args.data_file), accept, data_args)
-    rows = draw(rows, args.max_samples, args.seed, ledger)
-    encoded = map_rows(rows, lambda prompt: fit_prompt(chat, prompt, args.max_prompt_length), None, "reading prompts")
-    prompts = [
-        Prompt(
-            row.record.prompt,
-            row.record.tools,
-            row.record.reference,
-            shown=found[1],
-            input_ids=found[0],
-            origin=row.origin,
-        )
-        for row, found in zip(rows, encoded, strict=True)
-        if found is not None
-    ]
+    rows = draw(rows, args.max_samples, args.seed)
+    prompts, fitting = [], np.zeros(len(rows), dtype=bool)
+    for place, row in enumerate(tqdm(rows, desc="reading prompts", unit="row", mininterval=0.5)):
+        record = row.record
+        try:
+            found = fit_prompt(chat, record, args.max_prompt_length)
+        except RowError as error:
+            raise ValueError(f"{row.origin}: {error}") from None
+        if found is not None:
+            fitting[place] = True
+            prompts.append(Prompt(record.prompt, record.tools, record.reference, found[1], found[0], row.origin))
     if not prompts:
         raise ValueError(f"{rows[0].origin}: no prompt fits --max_prompt_length {args.max_prompt_length}")
-    ledger.drop(TOO_LONG, len(rows) - len(prompts))
-    ledger.used = len(prompts)
-    return prompts, ledger.close(), rejected
+    return prompts, rows.keep(fitting, PROMPT_TOO_LONG).settle(ledger), rejected
 
 
 def find_trained_reward_model(args: argparse.Namespace):
@@ -252,12 +255,12 @@ def find_trained_reward_model(args: argparse.Namespace):
     return source
 
 
-def prepare_output_dir(output_dir: str, rejected: list[dict]) -> Path:
-    """Make the directory, and note there which rows were left out."""
-    from stagekit.data import write_rejected
+def prepare_output_dir(output_dir: str, rejected) -> Path:
+    """Make the directory, and note there which rows were left out (ledger.Rejected)."""
+    from stagekit.data import REJECTED_ROWS
 
     path = make_directory(output_dir, "--output_dir")
-    write_rejected(rejected, path)
+    rejected.save(path / REJECTED_ROWS)
     return path
 
 

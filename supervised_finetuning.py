@@ -26,16 +26,10 @@ from stagekit.arguments import (
     parse_args,
 )
 from stagekit.data import accept_conversation
-from stagekit.modeling import (
-    add_adapter,
-    load_config,
-    load_model,
-    load_tokenizer,
-    packs_exactly,
-    prepare_for_training,
-)
+from stagekit.encoding import encode_samples
+from stagekit.modeling import add_adapter, load_config, load_model, load_tokenizer, packs_exactly, prepare_for_training
 from stagekit.run import check_memory, finish_run, load_data, plan_questions, print_preview, run_stage, start_run
-from stagekit.tokenization import Collator, encode_conversation, prepare_chat, tokenize_rows
+from stagekit.tokenization import Collator, encode_conversation, prepare_chat
 from stagekit.trainers import LanguageTrainer
 
 
@@ -98,14 +92,14 @@ def main():
     config = load_config(run.source, model_args, longest=sft_args.max_length)
     packing = packs_exactly(config, sft_args.packing)
 
-    def tokenize(rows, ledger, **progress):
-        def encode(record):
-            return encode_conversation(chat, record, sft_args.max_length, sft_args.train_on_inputs)
+    def encode(record):
+        return encode_conversation(chat, record, sft_args.max_length, sft_args.train_on_inputs)
 
-        return tokenize_rows(rows, ledger, encode, sft_args.max_length, packing, **progress)
+    def encode_chunk(rows):
+        return encode_samples(rows, encode, sft_args.max_length, packing)
 
     settings = (sft_args.max_length, packing, sft_args.train_on_inputs)
-    datasets, probes = load_data(run, data_args, accept_conversation, tokenize, tokenizer, *settings)
+    datasets, probes = load_data(run, data_args, accept_conversation, encode_chunk, tokenizer, *settings)
     run.checks.run("loss_mask", checks.loss_mask, chat, probes, sft_args.train_on_inputs)
     run.checks.run("template_parity", checks.template_parity, chat, probes)
     run.checks.run("no_forged_turns", checks.no_forged_turns, chat)

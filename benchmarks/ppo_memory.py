@@ -87,13 +87,7 @@ def step(args, roles, optimizer, device):
     """One rollout and one update of policy and critic."""
     import torch
 
-    from stagekit.ppo import (
-        generalized_advantages,
-        kl_estimate,
-        policy_losses,
-        token_rewards,
-        value_losses,
-    )
+    from stagekit.ppo import generalized_advantages, kl_estimate, policy_losses, token_rewards, value_losses
 
     prompts = torch.randint(5, 1000, (args.batch_size, args.prompt_tokens), device=device)
     with torch.no_grad():

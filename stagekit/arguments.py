@@ -145,11 +145,57 @@ class DataArguments:
     validation_split_percentage: float = field(
         default=5.0, metadata={"help": "How large that share is, in percent of the rows."}
     )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A dataset of the hub, NAME or NAME:CONFIG, or a folder that holds such a repository; beside "
+            "--train_file_dir or in its place."
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Which of its splits to train on."})
+    dataset_hub: str = field(
+        default="huggingface",
+        metadata={"help": "Where --dataset_name is looked up.", "choices": ["huggingface", "modelscope"]},
+    )
     data_format: str = field(
         default="auto",
         metadata={
-            "help": "Form of the records; auto recognises it row by row. text, conversation, instruction, preference, "
-            "conversation_preference, question force one reading (README lists their keys)."
+            "help": "Form of the records; auto recognises it row by row. The names of docs/data.md (conversation, "
+            "instruction, preference, ranking, question, choice, tree, …) force one reading."
+        },
+    )
+    mixing_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the parts of --train_file_dir, with commas, e.g. 0.9,0.1: an epoch holds rows of each "
+            "in this proportion. Without it an epoch is every row once."
+        },
+    )
+    mixing_epoch: str = field(
+        default="first_exhausted",
+        metadata={
+            "help": "How long an epoch of a mixture is. first_exhausted: until one part is used up, no row twice; "
+            "all_exhausted: until every row was seen, smaller parts repeated.",
+            "choices": ["first_exhausted", "all_exhausted"],
+        },
+    )
+    dedup: str = field(
+        default="none",
+        metadata={
+            "help": "Leave out rows that repeat an earlier one. exact: the same record; near: also nearly the same "
+            "text.",
+            "choices": ["none", "exact", "near"],
+        },
+    )
+    columns: str | None = field(
+        default=None,
+        metadata={"help": "Your fields for the names that are looked for, e.g. prompt=问题,chosen=好,rejected=坏."},
+    )
+    first_option: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of option A in the field cop of multiple choice (MedMCQA); default: as the file says.",
+            "choices": [0, 1],
         },
     )
     txt_documents: str = field(
@@ -173,7 +219,7 @@ class DataArguments:
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "The same for the held-out rows."})
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenise; default one, more pay off from about 20,000 rows."}
+        default=None, metadata={"help": "Processes that tokenise; default one for each core (one below 2,000 rows)."}
     )
     data_cache_dir: str | None = field(
         default=None, metadata={"help": "Where tokenised data is kept; default below the datasets library's cache."}
@@ -191,7 +237,7 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples", "preprocessing_num_workers"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if not self.train_file_dir:
+        if not (self.train_file_dir or self.dataset_name):
             raise ValueError("--train_file_dir is missing: name a file or directory with training data")
 
 

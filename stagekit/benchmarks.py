@@ -1,20 +1,18 @@
 """What a model is measured on: benchmark files, each recognised as one of six tasks. No model."""
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from stagekit import data
-from stagekit.choices import Choice, first_option, is_choice, question_text, to_choice
-from stagekit.data import Ledger, draw, file_name, find_files, prompt_hash, read_records, read_text
-from stagekit.formats import Preference, Ranking, RowError, Text, to_canonical
+from stagekit.choices import first_option, is_choice, question_text, to_choice
+from stagekit.data import draw_positions, prompt_hash
+from stagekit.files import file_name, file_type, find_files, read_records
+from stagekit.formats import to_canonical
 from stagekit.prompts import Prompt, accept_prompt
+from stagekit.records import Choice, Preference, Ranking, RowError, Text
 
 TASKS = {
     "choice": "questions with options and a key",
@@ -26,7 +24,6 @@ TASKS = {
 }
 KINDS = ("choice", "choices", "yesno", "number")  # of verifiable questions; their options stand in the question
 TABLES = (".csv", ".tsv", ".parquet")
-SUFFIXES = (*data.SUFFIXES, *TABLES)
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,7 @@ def read_benchmarks(
         FileNotFoundError: no such file.
         ValueError: no file is named; rows that cannot be read, the first ten by file and line; files of one name.
     """
-    paths = find_files(data_file, SUFFIXES)
+    paths = find_files(data_file)
     if not paths:
         raise ValueError(f"{data_file!r} names no file and no directory")
     names = unique_names(paths)
@@ -115,7 +112,9 @@ def read_benchmarks(
     for benchmark in found:
         if not benchmark.items:
             raise ValueError(f"{benchmark.path}: none of its rows could be read")
-        benchmark.items = draw(benchmark.items, max_samples, seed, Ledger())
+        if max_samples is not None and len(benchmark.items) > max_samples:
+            drawn = draw_positions(len(benchmark.items), max_samples, seed)
+            benchmark.items = [benchmark.items[place] for place in drawn]
     return found
 
 
@@ -139,11 +138,11 @@ def unique_names(paths: list[Path]) -> list[str]:
 
 def read_benchmark(path: Path, name: str, task: str, first: int | None, system_prompt: str | None) -> Benchmark:
     """Read one file; its first readable record says what the others must be."""
-    records = list(read_table(path) if file_name(path).endswith(TABLES) else read_records(path))
+    records = list(read_records(path, columns=columns_without_names))
     readable = [record for record, _ in records if not isinstance(record, RowError)]
     if first is None:
         first = first_option(readable)
-    of_file = subject_of(path) if file_name(path).endswith(TABLES) else None
+    of_file = subject_of(path) if file_type(path) in TABLES else None
     items, rejected, kept = [], [], task
     for record, line in records:
         try:
@@ -160,36 +159,20 @@ def read_benchmark(path: Path, name: str, task: str, first: int | None, system_p
     return Benchmark(name, kept, path, items, rejected)
 
 
-def read_table(path: Path) -> Iterator[tuple[object, int]]:
-    """Yield (record, line or row number) of a csv, tsv or parquet file.
+def columns_without_names(cells: list[str]) -> list[str] | None:
+    """Name the columns of a table whose first row holds cells like the others, as MMLU publishes it.
 
-    A csv without names in its first line is read as MMLU publishes it: question, A, B, C, D, answer.
+    Returns:
+        question, A, B, …, answer; None where the cells are names themselves.
+
+    Raises:
+        RowError: neither.
     """
-    if file_name(path).endswith(".parquet"):
-        import pyarrow.parquet
-
-        yield from ((row, number) for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1))
-        return
-    csv.field_size_limit(2**31 - 1)
-    delimiter = "\t" if file_name(path).endswith(".tsv") else ","
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter)
-    names, line = None, 1
-    for cells in reader:
-        start, line = line, reader.line_num + 1
-        if not any(cell.strip() for cell in cells):
-            continue
-        if names is None:
-            names = [cell.strip() for cell in cells]
-            if {"question", "prompt", "text", "instruction"} & {name.lower() for name in names}:
-                continue
-            if len(cells) < 4 or not re.fullmatch("[A-K]", cells[-1].strip()):
-                yield RowError("no column is called question, and it is not question, A, B, …, answer either"), start
-                return
-            names = ["question", *"ABCDEFGHIJK"[: len(cells) - 2], "answer"]
-        if len(cells) != len(names):
-            yield RowError(f"{len(cells)} cells in a table of {len(names)} columns"), start
-        else:
-            yield dict(zip(names, cells, strict=True)), start
+    if {"question", "prompt", "text", "instruction"} & {cell.strip().lower() for cell in cells}:
+        return None
+    if len(cells) < 4 or not re.fullmatch("[A-K]", cells[-1].strip()):
+        raise RowError("no column is called question, and it is not question, A, B, …, answer either")
+    return ["question", *"ABCDEFGHIJK"[: len(cells) - 2], "answer"]
 
 
 def subject_of(path: Path) -> str:
@@ -241,6 +224,8 @@ def read_item(
     if task in ("pairs", "text"):
         raise RowError(f"expected {TASKS[task]}, got a {type(canonical).__name__.lower()}")
     prompt = accept_prompt(canonical)
+    if isinstance(prompt, list) or not prompt.reference.strip():
+        raise RowError("there is no reference answer to compare with")
     kind = record.get("kind") if task == "verifiable" and isinstance(record.get("kind"), str) else None
     return Item(prompt, origin, kind, _messages(prompt.prompt, system_prompt), prompt.tools, (prompt_hash(prompt),))
 

@@ -17,6 +17,7 @@ MARKER = "complete.json"  # written last into a checkpoint: the files it must ho
 SAVING = ".saving"  # checkpoints are written below this directory and renamed when they are whole
 WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?$")
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+EXTENDED_VOCABULARY = "extended_vocabulary.json"  # what tools.extend_vocabulary added to a base
 # What a stage directory is: everything the next stage or inference reads.
 DELIVERED = re.compile(
     WEIGHTS.pattern
@@ -38,6 +39,7 @@ WRITTEN = {
     "eval_results.json",
     "all_results.json",
     "README.md",
+    EXTENDED_VOCABULARY,
 }
 
 
@@ -184,7 +186,8 @@ def resolve(model_name_or_path: str, peft_path: str | None = None, verify: bool 
                 )
                 same = True
         if not same:
-            raise ValueError(f"adapter {peft_path} was trained on {adapter.base}, not on {model_name_or_path}")
+            why = _vocabulary_differs(below.base, adapter.base) or _vocabulary_differs(adapter.base, below.base)
+            raise ValueError(f"adapter {peft_path} was trained on {adapter.base}, not on {model_name_or_path}{why}")
         return Source(below.base, adapter.adapter, adapter.tokenizer, adapter.stage, adapter.directory, adapter.merged)
     path = Path(model_name_or_path)
     if not path.is_dir():
@@ -209,6 +212,32 @@ def check_base(source: Source, way_out: str = "; name its new place with --base_
     """Raise FileNotFoundError where the directory of base weights that an adapter was trained on is gone."""
     if not os.path.isdir(source.base) and source.base.startswith((".", "/")):
         raise FileNotFoundError(f"{source.adapter} was trained on {source.base}, which is not there{way_out}")
+
+
+def extended_vocabulary(base: str) -> dict | None:
+    """What tools.extend_vocabulary noted down in a base directory; None for any other base.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = Path(base, EXTENDED_VOCABULARY)
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); restore it, or extend the base again") from None
+
+
+def _vocabulary_differs(extended, base):
+    """Say that one base is another one with more tokens; empty where it is not."""
+    record = extended_vocabulary(extended)
+    if record is None or not os.path.isdir(base) or record["base_model"]["fingerprint"] != base_fingerprint(base):
+        return ""
+    return (
+        f"; the vocabulary differs: {extended} is {base} with {record['num_tokens']} tokens more, so each needs an "
+        "adapter of its own"
+    )
 
 
 def resolve_adapter(directory: str, verify: bool = True) -> Source:

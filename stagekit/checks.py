@@ -4,13 +4,15 @@ import json
 import logging
 import math
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from stagekit.data import load_seen_prompts
-from stagekit.tokenization import Chat, Probe, answer_runs, encode_prompt, histories
+from stagekit.encoding import Probe
+from stagekit.tokenization import IGNORE_INDEX, Chat, answer_runs, encode_prompt, histories
 
 logger = logging.getLogger(__name__)
 
@@ -114,53 +116,86 @@ def leakage(
 
 
 def loss_mask(chat: Chat, probes: list[Probe], train_on_inputs: bool) -> tuple[str, str]:
-    """Compare what is learnt, decoded, with the answers of the data and their end-of-turn."""
+    """Compare what is learnt, decoded, with the answers of the data and their end-of-turn.
+
+    An answer that the data excludes ("train": False) must not be learnt, nor under --train_on_inputs.
+    """
     for probe in probes:
         sample, messages = probe.sample, probe.conversation.messages
+        excluded = [message for message in messages if not message.get("train", True)]
         runs = answer_runs(sample.labels)
-        if train_on_inputs:
-            if runs != [(1, len(sample.input_ids))]:
-                raise CheckError(f"{probe.origin}: --train_on_inputs True, but not every token is learnt")
+        if any(messages[turn] in excluded for turn in sample.turns):
+            raise CheckError(f"{probe.origin}: an answer is learnt that the data excludes")
+        # Where answers cannot be told from the history they stand in, only what may be learnt is learnt.
+        if train_on_inputs and not (excluded and runs == sorted(sample.turns.values())):
+            _compare_rest(chat, probe, excluded)
             continue
         if runs != sorted(sample.turns.values()):
             raise CheckError(f"{probe.origin}: tokens outside of the answers are learnt, or answers are not")
         for number, (turn, (start, end)) in enumerate(sorted(sample.turns.items())):
             if sample.labels[start:end] != sample.input_ids[start:end]:
                 raise CheckError(f"{probe.origin}: labels differ from the tokens they stand for")
-            learnt = chat.tokenizer.decode(sample.labels[start:end], clean_up_tokenization_spaces=False)
             complete = not (sample.truncated and number == len(sample.turns) - 1)
-            _compare_answer(chat, probe.origin, messages[turn], learnt, complete)
+            learnt = chat.tokenizer.decode(sample.labels[start:end], clean_up_tokenization_spaces=False)
+            if wrong := _difference(chat, messages[turn], learnt, complete):
+                raise CheckError(f"{probe.origin}: {wrong}")
     return f"{len(probes)} samples", "exact"
 
 
-def _compare_answer(chat, origin, message, learnt, complete):
-    closed = learnt.endswith(chat.end_of_turn)
-    if complete != closed:
+def _compare_rest(chat, probe, excluded):
+    """All but the first token is learnt, and all but the answers that the data excludes."""
+    rest = [IGNORE_INDEX if label != IGNORE_INDEX else 0 for label in probe.sample.labels[1:]]
+    for start, end in answer_runs([IGNORE_INDEX, *rest]):
+        text = chat.tokenizer.decode(probe.sample.input_ids[start:end], clean_up_tokenization_spaces=False)
+        cut = end == len(rest) + 1  # an excluded answer at the end of a sample may have lost its own
+        if not any(
+            None in {_difference(chat, message, text, whole) for whole in (True, not cut)} for message in excluded
+        ):
+            raise CheckError(f"{probe.origin}: --train_on_inputs True, but not every token is learnt")
+
+
+def _difference(chat, message, learnt, complete):
+    """What tells what is learnt from the answer of the data, None if nothing does."""
+    end = next((end for end in (chat.ends.turn, chat.ends.call) if learnt.endswith(end)), "")
+    if complete != bool(end):
         state = "lacks its end-of-turn" if complete else "was cut but has an end-of-turn"
-        raise CheckError(f"{origin}: the answer {learnt[-40:]!r} {state}")
-    text = (learnt.removesuffix(chat.end_of_turn) if closed else learnt).strip()
-    content = message["content"].strip()
+        return f"the answer {learnt[-40:]!r} {state}"
+    text, content = learnt.removesuffix(end).strip(), message["content"].strip()
+    if "think>" in content + text:
+        text, content = _even(text), _even(content)
     if message.get("tool_calls"):
         wanted = [content, *(call["function"]["name"] for call in message["tool_calls"])]
         if complete and not all(part in text for part in wanted):
-            raise CheckError(f"{origin}: the tool call {wanted[-1]!r} is not in what is learnt, {text[:80]!r}")
+            return f"the tool call {wanted[-1]!r} is not in what is learnt, {text[:80]!r}"
     elif complete and text != content:
-        raise CheckError(f"{origin}: learnt {text[:80]!r}…, but the answer is {content[:80]!r}…")
+        return f"learnt {text[:80]!r}…, but the answer is {content[:80]!r}…"
     elif not complete and not content.startswith(text.rstrip("\ufffd")):  # a cut may split a character
-        raise CheckError(f"{origin}: learnt {text[:80]!r}…, which does not begin the answer {content[:80]!r}…")
+        return f"learnt {text[:80]!r}…, which does not begin the answer {content[:80]!r}…"
+    return None
+
+
+def _even(text):
+    """An answer with thoughts without what templates settle: their white space, an empty thought, and which of the
+    tags belongs to the prompt."""
+    text = re.sub(r"^\s*(?:<think>)?\s*</think>\s*", "", text)
+    return re.sub(r"\s*(</?think>)\s*", r"\1", text).removeprefix("<think>").strip()
 
 
 def template_parity(chat: Chat, probes: list[Probe]) -> tuple[str, str]:
     """Compare the prompts in training samples with what inference sends, and with transformers' own rendering."""
     compared = same_as_transformers = 0
+    chat = replace(chat, frame=None)  # no short cuts here: the template itself writes
     for probe in probes:
         sample = probe.sample
         if not sample.turns:
             continue
         turn = min(sample.turns)
         start = sample.turns[turn][0]
-        history = _shown_messages(chat, probe, turn)
-        sent = encode_prompt(chat, history, probe.conversation.tools)
+        thinking = sample.thinking
+        if thinking is None:
+            thinking = chat.thinking_of(probe.conversation.messages[turn])
+        history = _shown_messages(chat, probe, turn, thinking)
+        sent = encode_prompt(chat, history, probe.conversation.tools, thinking)
         if sent != sample.input_ids[:start]:
             raise CheckError(
                 f"{probe.origin}: inference sends {_tail(chat, sent)!r}, training saw "
@@ -169,7 +204,11 @@ def template_parity(chat: Chat, probes: list[Probe]) -> tuple[str, str]:
             )
         compared += 1
         plain = chat.tokenizer.apply_chat_template(
-            history, tools=probe.conversation.tools, add_generation_prompt=True, return_dict=False
+            history,
+            tools=probe.conversation.tools,
+            add_generation_prompt=True,
+            return_dict=False,
+            **({} if thinking is None else {"enable_thinking": thinking}),
         )
         same_as_transformers += plain == sent
         bos = chat.tokenizer.bos_token_id
@@ -181,11 +220,11 @@ def template_parity(chat: Chat, probes: list[Probe]) -> tuple[str, str]:
     return f"{compared} prompts, {same_as_transformers} equal to transformers' own, stop token {stop!r}", "exact"
 
 
-def _shown_messages(chat, probe, turn):
+def _shown_messages(chat, probe, turn, thinking):
     """The messages a sample shows before an answer: the system prompt and the history that fitted."""
-    shown = [history for _, history in histories(probe.conversation.messages[:turn])]
+    shown, tools = [history for _, history in histories(probe.conversation.messages[:turn])], probe.conversation.tools
     length = probe.sample.turns[turn][0]
-    fitting = (item for item in shown if len(encode_prompt(chat, item, probe.conversation.tools)) == length)
+    fitting = (item for item in shown if len(encode_prompt(chat, item, tools, thinking)) == length)
     return next(fitting, shown[0])
 
 

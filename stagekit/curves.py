@@ -1,4 +1,4 @@
-"""Pictures of a run: loss and learning rate over the steps, or score and KL where answers are scored."""
+"""Pictures of a run, loss and learning rate or score and KL over the steps, and of how long the rows of data are."""
 
 from pathlib import Path
 
@@ -43,4 +43,35 @@ def draw_curves(log_history: list[dict], path: str | Path, title: str) -> None:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(left=0)
+    figure.savefig(path)
+
+
+def draw_lengths(bins: list[dict], limits: list[int], path: str | Path, title: str, unit: str) -> None:
+    """Draw how many rows there are of each length, with the length limits, as one PNG.
+
+    Args:
+        bins: {"from", "to", "rows"}, both ends included, in order (examination.histogram).
+        limits: lengths to mark.
+        path: where the picture goes.
+        title: heading.
+        unit: of the lengths, such as "tokens".
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    starts, widths = [item["from"] for item in bins], [item["to"] + 1 - item["from"] for item in bins]
+    axes.bar(starts, [item["rows"] for item in bins], widths, align="edge", color="#1f6fb4", edgecolor="white")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    for limit in limits:
+        axes.axvline(limit, color="#d1495b", linewidth=1.2, linestyle="--")
+        place = {"xytext": (4, -4), "textcoords": "offset points", "va": "top", "rotation": 90, "fontsize": 8}
+        axes.annotate(f"{limit:,}", (limit, 1), xycoords=("data", "axes fraction"), color="#d1495b", **place)
+    axes.set(xlabel=f"length of a row ({unit})", ylabel="rows", title=title)
+    axes.grid(axis="y", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)

@@ -1,277 +1,83 @@
 """From files on disk to training and held-out rows, with an account of every row: the ledger."""
 
-import codecs
-import gzip
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import random
+import re
 import shutil
 import time
 import unicodedata
-import zlib
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
-from stagekit.formats import (
+from stagekit.choices import answer_text, first_option, needs_first_option, options_text, question_text
+from stagekit.files import find_files, read_records
+from stagekit.formats import adapter_named, parse_columns, to_canonical
+from stagekit.hub import fetch_dataset
+from stagekit.ledger import DUPLICATES, NOT_DRAWN, NOT_MIXED, UNREADABLE, Ledger, Rejected
+from stagekit.records import (
+    NO_PARENT,
     Canonical,
+    Choice,
     Conversation,
+    Message,
     Preference,
     Question,
     Ranking,
     RowError,
+    Rubric,
     Text,
-    adapter_named,
-    to_canonical,
+    Tree,
+    Unused,
 )
+from stagekit.rows import Row, Rows, Spool
+from stagekit.trees import grow_trees
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".json", ".txt")
 SEEN_PROMPTS = "seen_prompts.npy"  # 64-bit hashes of the prompts a stage and its ancestors trained on
 REJECTED_ROWS = "rejected_rows.jsonl"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A canonical record and where it stands: "file:line"."""
+class Sources:
+    """Files of training data, each with the number of the part of a mixture it belongs to, and held-out data."""
 
-    record: Canonical
-    origin: str
-
-
-@dataclass
-class Ledger:
-    """What became of every row: read == used + dropped, always."""
-
-    read: int = 0
-    used: int = 0
-    dropped: Counter = field(default_factory=Counter)  # by reason, in rows
-    repaired: Counter = field(default_factory=Counter)  # by kind
-    truncated: int = 0  # samples that lost their end, and with it the end-of-turn token
-    samples: int = 0  # a long conversation becomes several
-    packed_rows: int = 0
-    turns: Counter = field(default_factory=Counter)  # assistant turns: trained, truncated, dropped
-    pairs: Counter = field(default_factory=Counter)  # of preferences: where they come from, what they lost
-    tokens: Counter = field(default_factory=Counter)  # used, trained
-    files: list[str] = field(default_factory=list)
-
-    def drop(self, reason: str, count: int = 1) -> None:
-        if count:
-            self.dropped[reason] += count
-
-    def close(self) -> "Ledger":
-        """Check the sum and return the ledger."""
-        assert self.read == self.used + sum(self.dropped.values()), f"the ledger does not add up: {self}"
-        return self
-
-    def lines(self, title: str) -> list[str]:
-        """The ledger as a table for people."""
-        rows = [("rows read", self.read), ("rows used", self.used)]
-        rows += [(f"  dropped: {reason}", count) for reason, count in sorted(self.dropped.items())]
-        rows += [(f"  repaired: {kind}", count) for kind, count in sorted(self.repaired.items())]
-        rows += [("samples", self.samples), ("samples that lost their end", self.truncated)]
-        rows += [(f"pairs {kind}", count) for kind, count in sorted(self.pairs.items())]
-        rows += [(f"assistant turns {kind}", count) for kind, count in sorted(self.turns.items())]
-        rows += [(f"tokens {kind}", count) for kind, count in sorted(self.tokens.items(), reverse=True)]
-        if self.packed_rows:
-            rows.append(("packed rows", self.packed_rows))
-        width = max(len(name) for name, _ in rows)
-        files = ", ".join(self.files[:3]) + (f" and {len(self.files) - 3} more" if len(self.files) > 3 else "")
-        return [f"{title} data: {files}", *(f"  {name:<{width}}  {count:>12,}" for name, count in rows)]
+    names: list[str]
+    train: list[Path]
+    parts: list[int]
+    validation: list[Path]
 
 
 @dataclass
 class Splits:
-    """Rows for training and for measuring, each with its ledger."""
+    """Rows for training and for measuring, each with its ledger; `rejected` are those that could not be read."""
 
-    train: list[Row]
-    validation: list[Row]
+    train: Rows
+    validation: Rows
     train_ledger: Ledger
     validation_ledger: Ledger
-    rejected: list[dict] = field(default_factory=list)  # bad rows, under --on_bad_row skip
-
-
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-def find_files(paths: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """List the data files named by a comma-separated list of files and directories, in sorted order.
-
-    Args:
-        paths: names, separated by commas.
-        suffixes: of the files to take from directories.
-
-    Raises:
-        FileNotFoundError: a path does not exist, or a directory holds no data file.
-    """
-    files = []
-    for name in filter(None, (part.strip() for part in paths.split(","))):
-        path = Path(name)
-        if path.is_file():
-            files.append(path)
-            continue
-        if not path.is_dir():
-            raise FileNotFoundError(f"{name}: no such file or directory (looked from {Path.cwd()})")
-        found = sorted(
-            file for file in path.rglob("*") if has_data_suffix(file.relative_to(path), suffixes) and file.is_file()
-        )
-        unread = tuple({".csv", ".tsv", ".parquet", ".zip"}.difference(suffixes))
-        others = sorted(file.name for file in path.rglob("*") if file.name.endswith(unread))
-        if others:
-            logger.warning(
-                "%s: %d file(s) are not read, e.g. %s: convert them to .jsonl", name, len(others), others[0]
-            )
-        if not found:
-            raise FileNotFoundError(
-                f"{name}: no data in this directory; expected files ending in {', '.join(suffixes)}"
-            )
-        files += found
-    return list(dict.fromkeys(files))
-
-
-def has_data_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> bool:
-    """True for data files, gzipped or not, that are not hidden and stand in no hidden directory."""
-    return file_name(path).endswith(suffixes) and not any(part.startswith(".") for part in path.parts)
-
-
-def file_name(path: Path) -> str:
-    """The name that says what is in a file: without .gz."""
-    return path.name.removesuffix(".gz")
-
-
-def read_text(path: Path) -> str:
-    """Read a file as UTF-8, unzipping it if needed; a byte-order mark is skipped.
-
-    Raises:
-        ValueError: the file is empty, not UTF-8, not gzip, or only a pointer to a file.
-    """
-    raw = path.read_bytes()
-    if raw[:2] == b"\x1f\x8b":
-        try:
-            raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file ({error}); download it again") from None
-    if raw.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise ValueError(f"{path}: this is a Git-LFS pointer, not the data; run `git lfs pull` where it came from")
-    raw = raw.removeprefix(codecs.BOM_UTF8)
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        hint = ""
-        try:
-            raw.decode("gb18030")
-            hint = f"; it reads as GBK: iconv -f GB18030 -t UTF-8 {path.name} > new{path.suffix}"
-        except UnicodeDecodeError:
-            pass
-        raise ValueError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}){hint}") from None
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty; remove it or fill it")
-    return text
-
-
-def read_records(path: Path, txt_documents: str = "blank_line") -> Iterator[tuple[object, int]]:
-    """Yield (record, line number) for every record of a file; a broken record is yielded as a RowError.
-
-    JSON is recognised by its first character, not by the file's name: lines, one array, or a dict of records by id.
-    """
-    text = read_text(path)
-    if path.name.removesuffix(".gz").endswith(".txt"):
-        yield from _documents(text, txt_documents)
-    elif text.lstrip()[0] == "[":
-        yield from _array_items(text)
-    else:
-        lines = text.split("\n")  # not splitlines(): JSON strings may hold U+2028 raw
-        whole = _whole_object(text, lines)
-        if whole is not None:
-            by_id = whole and all(isinstance(value, dict) for value in whole.values())
-            first = next(number for number, line in enumerate(lines, 1) if line.strip())
-            yield from ((record, first) for record in (whole.values() if by_id else [whole]))
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line), number
-                except json.JSONDecodeError as error:
-                    yield RowError(f"broken JSON at column {error.colno} ({error.msg})"), number
-
-
-def _whole_object(text, lines):
-    """The object that the file is as a whole, on one line or indented; None for a file of lines."""
-    filled = [line for line in lines if line.strip()]
-    try:
-        whole = json.loads(filled[0])
-        return whole if len(filled) == 1 and isinstance(whole, dict) else None
-    except json.JSONDecodeError:
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return None
-
-
-def _documents(text, separator):
-    if separator == "file":
-        yield text.strip(), 1
-        return
-    start, lines = 1, []
-    for number, line in enumerate([*text.split("\n"), ""], 1):
-        if line.strip() and (separator == "blank_line" or not lines):
-            if not lines:
-                start = number
-            lines.append(line.rstrip("\r"))
-            if separator == "blank_line":
-                continue
-        if lines:
-            yield "\n".join(lines), start
-            lines = []
-
-
-def _array_items(text):
-    decoder, line = json.JSONDecoder(), 1
-    position = text.index("[") + 1
-    line += text.count("\n", 0, position)
-    while True:
-        stop = position
-        while stop < len(text) and text[stop] in " \t\r\n,":
-            stop += 1
-        line += text.count("\n", position, stop)
-        if stop >= len(text):
-            yield RowError("the array does not end; the file is cut off"), line
-            return
-        if text[stop] == "]":
-            if text[stop + 1 :].strip():
-                line += text.count("\n", stop, len(text) - len(text[stop + 1 :].lstrip()))
-                yield RowError("something follows the end of the array, and would be lost"), line
-            return
-        try:
-            record, position = decoder.raw_decode(text, stop)
-        except json.JSONDecodeError as error:
-            # Behind a broken item nothing tells where the next one starts.
-            yield (
-                RowError(f"broken JSON at column {error.colno} ({error.msg}); the rest of the array is lost"),
-                error.lineno,
-            )
-            return
-        yield record, line
-        line += text.count("\n", stop, position)
+    rejected: Rejected
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
 
 
-def load_rows(files: list[Path], accept, data_args) -> tuple[list[Row], Ledger, list[dict]]:
+def load_rows(files: list[Path], accept, data_args, parts: list[int] | None = None) -> tuple[Rows, Ledger, Rejected]:
     """Read every record of the files into rows.
 
     Args:
         files: what find_files returned.
-        accept: function from a canonical record to the one the stage trains on; raises RowError for a kind it cannot.
-        data_args: DataArguments.
+        accept: function from a canonical record to the one the stage trains on, or a list of such; raises RowError for
+            a kind it cannot take.
+        data_args: DataArguments; on_bad_row may also be "report": like skip, and no row at all is no error.
+        parts: for each file the number of the part of a mixture it belongs to.
 
     Returns:
         (rows, ledger, rejected): ledger.used is filled in later, when it is known what fits.
@@ -281,47 +87,88 @@ def load_rows(files: list[Path], accept, data_args) -> tuple[list[Row], Ledger, 
     """
     if data_args.data_format != "auto":
         adapter_named(data_args.data_format)
-    ledger, rows, rejected = Ledger(files=[str(path) for path in files]), [], []
-    for path in files:
-        for record, line in read_records(path, data_args.txt_documents):
-            ledger.read += 1
+    reading = _Reading(accept, data_args, Ledger(files=[str(path) for path in files]))
+    with tqdm(desc="reading", unit="row", delay=2, mininterval=0.5) as progress:
+        for path, part in zip(files, parts or [0] * len(files), strict=True):
+            reading.read(path, part, progress)
+    spool, ledger, rejected = reading.spool, reading.ledger, reading.rejected
+    spool.flush()
+    rejected.check()
+    if not len(spool) and data_args.on_bad_row != "report":
+        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in ledger.dropped.items())
+        raise ValueError(f"{ledger.files[0]}: none of the {ledger.read:,} rows can be used ({reasons})")
+    return Rows(spool, np.arange(len(spool))), ledger, rejected
+
+
+class _Reading:
+    """What load_rows has read so far."""
+
+    def __init__(self, accept, data_args, ledger):
+        self.accept, self.data_args, self.ledger = accept, data_args, ledger
+        self.columns = parse_columns(data_args.columns)
+        self.spool = Spool(data_args.data_cache_dir)
+        self.rejected = Rejected(data_args.on_bad_row != "stop")
+
+    def read(self, path, part, progress):
+        """Read one file; rows that are messages of trees are linked at its end."""
+        first, messages = self.data_args.first_option, []
+        for record, line in read_records(path, self.data_args.txt_documents):
+            source, origin = self.ledger.read, f"{path}:{line}"
+            progress.update()
+            self.ledger.read += 1
             try:
                 if isinstance(record, RowError):
                     raise record
-                canonical, repairs = to_canonical(record, data_args.data_format)
-                rows.append(Row(accept(canonical), f"{path}:{line}"))
-                ledger.repaired.update(repairs.counts)
+                if first is None and needs_first_option(record):
+                    first = first_option(record for record, _ in read_records(path))
+                canonical, repairs = to_canonical(record, self.data_args.data_format, self.columns, first)
+                if isinstance(canonical, Message):
+                    messages.append((canonical, source, origin))
+                else:
+                    self.add(canonical, origin, part, [source])
+                self.ledger.repaired.update(repairs.counts)
             except RowError as error:
-                ledger.drop("unreadable")
-                row = None if isinstance(record, RowError) else record
-                rejected.append({"origin": f"{path}:{line}", "reason": str(error), "row": row})
-    if rejected and data_args.on_bad_row == "stop":
-        named = [f"{item['origin']}: {item['reason']}" for item in rejected[:10]]
-        rest = f"\n… and {len(rejected) - 10:,} more" if len(rejected) > 10 else ""
-        remedy = "(mend the data, or go on without such rows: --on_bad_row skip)"
-        raise ValueError("\n".join(named) + rest + ("\n" if len(named) > 1 else " ") + remedy)
-    if not rows:
-        raise ValueError(f"{ledger.files[0]}: none of the {ledger.read} rows could be read")
-    return rows, ledger, rejected
+                self.leave_out(error, origin, None if isinstance(record, RowError) else record)
+        places = {id(message): (source, origin) for message, source, origin in messages}
+        trees, left_over = grow_trees(message for message, _, _ in messages)
+        for tree, members in trees:
+            try:
+                self.add(tree, places[id(members[0])][1], part, [places[id(message)][0] for message in members])
+            except RowError as error:
+                for message in members:
+                    self.leave_out(error, places[id(message)][1], vars(message))
+        for message in left_over:
+            self.leave_out(Unused(NO_PARENT), places[id(message)][1], vars(message))
+
+    def add(self, canonical, origin, part, sources):
+        """Append what rows of the file became; all of it stays on one side when data is held out."""
+        accepted = self.accept(canonical)
+        records = accepted if isinstance(accepted, list) else [accepted]
+        group = prompt_hash(records[0])
+        for record in records:
+            self.spool.append(Row(record, origin), prompt_hash(record), part, sources, group)
+
+    def leave_out(self, error, origin, row):
+        """Count and keep a row that is not used; only those that cannot be read may stop the run."""
+        unused = isinstance(error, Unused)
+        self.ledger.drop(error.reason if unused else UNREADABLE)
+        self.rejected.add(origin, str(error), row, stops=not unused)
 
 
-def write_rejected(rejected: list[dict], output_dir: str | Path) -> None:
-    """Write the rows that were left out to rejected_rows.jsonl, each with its origin and what was wrong."""
-    if rejected:
-        path = Path(output_dir, REJECTED_ROWS)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rejected)
-        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # half of a surrogate pair is no UTF-8
-        logger.warning("%d unreadable rows were written to %s", len(rejected), path)
-
-
-def load_splits(data_args, accept, seed: int) -> Splits:
+def load_splits(data_args, accept, seed: int, sources: Sources | None = None) -> Splits:
     """Read training and held-out rows; hold a seeded share out where no validation data was given.
 
     Rows with the same prompt go to the same side, so that nothing is measured on what was trained.
+
+    Args:
+        data_args: DataArguments.
+        accept: see load_rows.
+        seed: of all draws.
+        sources: what find_sources returned, where somebody has asked before.
     """
-    train_files = find_files(data_args.train_file_dir)
-    validation_files = find_files(data_args.validation_file_dir) if data_args.validation_file_dir else []
-    shared = {path.resolve() for path in train_files} & {path.resolve() for path in validation_files}
+    sources = sources or find_sources(data_args)
+    names, validation_files = sources.names, sources.validation
+    shared = {path.resolve() for path in sources.train} & {path.resolve() for path in validation_files}
     if shared:
         logger.warning(
             "--train_file_dir and --validation_file_dir share %d file(s), e.g. %s: %g%% of the training rows are held "
@@ -331,52 +178,157 @@ def load_splits(data_args, accept, seed: int) -> Splits:
             data_args.validation_split_percentage,
         )
         validation_files = []
-    rows, ledger, rejected = load_rows(train_files, accept, data_args)
+    weights = mixing_weights(data_args.mixing_weights, names)
+    rows, ledger, rejected = load_rows(sources.train, accept, data_args, sources.parts)
+    rows = drop_duplicates(rows, data_args.dedup)
     if validation_files:
         held_out, held_out_ledger, more = load_rows(validation_files, accept, data_args)
-        rejected += more
+        held_out = drop_duplicates(held_out, data_args.dedup)
+        rejected.take(more)
     else:
         rows, held_out = hold_out(rows, data_args.validation_split_percentage / 100, seed)
-        ledger.read -= len(held_out)
-        held_out_ledger = Ledger(read=len(held_out), files=list(ledger.files))
-    rows = draw(rows, data_args.max_train_samples, seed, ledger)
-    held_out = draw(held_out, data_args.max_eval_samples, seed, held_out_ledger)
+        held_out_ledger = Ledger(read=held_out.num_sources(), files=list(ledger.files))
+        ledger.read -= held_out_ledger.read
+    if weights is None:
+        rows = draw(rows, data_args.max_train_samples, seed)
+    else:
+        rows, ledger.shares = mix(rows, names, weights, data_args.mixing_epoch, data_args.max_train_samples, seed)
+    held_out = draw(held_out, data_args.max_eval_samples, seed)
     return Splits(rows, held_out, ledger, held_out_ledger, rejected)
 
 
-def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+def find_sources(data_args) -> Sources:
+    """Find the files that the arguments name; what is in a hub is downloaded.
+
+    Raises:
+        FileNotFoundError, ValueError: see files.find_files and hub.fetch_dataset.
+    """
+    names = [name for name in (part.strip() for part in (data_args.train_file_dir or "").split(",")) if name]
+    found: dict[Path, int] = {}
+    for number, name in enumerate(names):
+        for path in find_files(name):
+            found.setdefault(path, number)  # a file named twice belongs to the first
+    if data_args.dataset_name:
+        for path in fetch_dataset(data_args.dataset_name, data_args.dataset_split, data_args.dataset_hub):
+            found.setdefault(path, len(names))
+        names.append(data_args.dataset_name)
+    validation = find_files(data_args.validation_file_dir) if data_args.validation_file_dir else []
+    return Sources(names, list(found), list(found.values()), validation)
+
+
+def hold_out(rows: Rows, share: float, seed: int) -> tuple[Rows, Rows]:
     """Split rows into (train, held out), keeping rows with the same prompt together.
 
     Raises:
         ValueError: fewer than two different prompts.
     """
-    groups: dict[int, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(prompt_hash(row.record), []).append(index)
-    if len(groups) < 2:
+    keys, counts = np.unique(rows.column("groups"), return_counts=True)
+    if len(keys) < 2:
         raise ValueError(
             f"{rows[0].origin}: with one prompt only, nothing can be held out; give --validation_file_dir"
         )
-    keys = sorted(groups)
-    random.Random(seed).shuffle(keys)
-    wanted, chosen = max(1, round(share * len(rows))), set()
-    for key in keys[:-1]:
-        if len(chosen) >= wanted:
+    order = list(range(len(keys)))
+    random.Random(seed).shuffle(order)
+    wanted, chosen, taken = max(1, round(share * len(rows))), [], 0
+    for index in order[:-1]:
+        if taken >= wanted:
             break
-        chosen.update(groups[key])
-    train = [row for index, row in enumerate(rows) if index not in chosen]
-    return train, [row for index, row in enumerate(rows) if index in chosen]
+        chosen.append(keys[index])
+        taken += counts[index]
+    return rows.split(np.isin(rows.column("groups"), chosen))
 
 
-def draw(rows: list[Row], limit: int | None, seed: int, ledger: Ledger) -> list[Row]:
+def draw(rows: Rows, limit: int | None, seed: int) -> Rows:
     """Draw at most `limit` rows, keeping their order; the others are dropped as "not drawn"."""
     if limit is None or len(rows) <= limit:
         return rows
-    ledger.drop("not drawn (--max_…_samples)", len(rows) - limit)
-    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), limit))]
+    return rows.order(draw_positions(len(rows), limit, seed), NOT_DRAWN)
 
 
-# -- leakage ---------------------------------------------------------------------------------------------------------
+def draw_positions(count: int, limit: int, seed: int) -> np.ndarray:
+    """`limit` of `count` positions, in order, (limit,) int64."""
+    return np.array(sorted(random.Random(seed).sample(range(count), limit)), dtype=np.int64)
+
+
+# -- mixtures and duplicates ------------------------------------------------------------------------------------------
+
+
+def mixing_weights(text: str | None, names: list[str]) -> list[float] | None:
+    """Read --mixing_weights; the result sums to 1.
+
+    Raises:
+        ValueError: not one positive number for each part of --train_file_dir.
+    """
+    if text is None:
+        return None
+    try:
+        weights = [float(item) for item in text.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != len(names) or not all(0 < weight < float("inf") for weight in weights):
+        raise ValueError(
+            f"--mixing_weights {text!r}: give one positive number for each of the {len(names)} parts of "
+            f"--train_file_dir ({', '.join(names)})"
+        )
+    return [weight / sum(weights) for weight in weights]
+
+
+def mix(
+    rows: Rows, names: list[str], weights: list[float], epoch: str, limit: int | None, seed: int
+) -> tuple[Rows, dict]:
+    """Take rows of each part in proportion to its weight.
+
+    Args:
+        rows: of all parts.
+        names: of the parts.
+        weights: of the parts, summing to 1.
+        epoch: "first_exhausted": no row twice, so that the part which is shortest for its weight is used up and rows
+            of the others are left out; "all_exhausted": every row at least once, so that other parts are repeated.
+        limit: most rows of an epoch, or None.
+        seed: decides which rows are left out, and which are repeated once more than others.
+
+    Returns:
+        (rows, {name: {"rows", "taken", "share"}}): what each part has, how many rows of it an epoch holds, and which
+        share of the epoch they are.
+
+    Raises:
+        ValueError: a part without rows.
+    """
+    members = [np.flatnonzero(rows.column("parts") == part) for part in range(len(names))]
+    for name, found in zip(names, members, strict=True):
+        if not len(found):
+            raise ValueError(f"{name}: no row of this part of the mixture is left for training")
+    sizes = [len(found) / weight for found, weight in zip(members, weights, strict=True)]
+    total = max(sizes) if epoch == "all_exhausted" else min(sizes)
+    total = min(total, limit or total)
+    taken = []
+    for number, (found, weight) in enumerate(zip(members, weights, strict=True)):
+        passes, rest = divmod(max(1, round(total * weight)), len(found))
+        taken.append(np.concatenate([found] * passes + [found[draw_positions(len(found), rest, seed + number)]]))
+    count = sum(map(len, taken))
+    shares = {
+        name: {"rows": len(found), "taken": len(part), "share": len(part) / count}
+        for name, found, part in zip(names, members, taken, strict=True)
+    }
+    return rows.order(np.sort(np.concatenate(taken), kind="stable"), NOT_MIXED), shares
+
+
+def drop_duplicates(rows: Rows, kind: str) -> Rows:
+    """Keep the first of rows that say the same.
+
+    Args:
+        kind: "none"; "exact": the same texts; "near": also nearly the same (see duplicates.py).
+    """
+    if kind == "none":
+        return rows
+    from stagekit.duplicates import find_repeats
+    from stagekit.texts import texts_of
+
+    repeats = find_repeats(("\n".join(texts_of(row.record)) for row in rows), kind, total=len(rows))
+    return rows.keep(np.array([earlier is None for earlier in repeats]), DUPLICATES[kind])
+
+
+# -- leakage ----------------------------------------------------------------------------------------------------------
 
 
 def prompt_text(record: Canonical) -> str:
@@ -394,13 +346,11 @@ def prompt_text(record: Canonical) -> str:
 def prompt_hash(record: Canonical) -> int:
     """64 bits of sha256 over the prompt, blind to case, width, white space and punctuation."""
     text = unicodedata.normalize("NFKC", prompt_text(record)).lower()
-    text = "".join(char for char in text if unicodedata.category(char)[0] in "LN")
+    text = NEITHER_LETTER_NOR_DIGIT.sub("", text)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def prompt_hashes(rows: list[Row]) -> np.ndarray:
-    """Sorted unique prompt hashes, (n,) uint64."""
-    return np.unique(np.array([prompt_hash(row.record) for row in rows], dtype=np.uint64))
+NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
 
 
 def load_seen_prompts(directory: str | Path | None) -> np.ndarray:
@@ -409,41 +359,94 @@ def load_seen_prompts(directory: str | Path | None) -> np.ndarray:
     return np.load(path, allow_pickle=False) if path and path.is_file() else np.empty(0, dtype=np.uint64)
 
 
-# -- kinds -----------------------------------------------------------------------------------------------------------
+# -- kinds ------------------------------------------------------------------------------------------------------------
 
 
 def accept_text(record: Canonical) -> Text:
-    """What pretraining takes: running text."""
+    """What pretraining takes: anything, as running text.
+
+    Messages are joined by empty lines. Of preferences and rankings the better answer counts, of a tree its best
+    thread; a question with options comes with them, its answer and the explanation.
+
+    Raises:
+        Unused: there is no answer that may be learnt.
+        RowError: a single message of a tree, which says nothing without the others.
+    """
     if isinstance(record, Text):
         return record
-    raise RowError(f"pretraining needs running text (field 'text'), and this is a {type(record).__name__.lower()}")
+    if isinstance(record, Tree):
+        record = _threads(record)[0]
+    if isinstance(record, Choice):
+        parts = [record.question, options_text(record), answer_text(record)]
+    elif isinstance(record, Question | Rubric) and not record.answer:
+        parts = [message["content"] for message in record.prompt]
+    else:
+        messages = accept_conversation(record).messages
+        parts = [message["content"] for message in messages if message.get("train") is not False]
+    return Text("\n\n".join(part for part in parts if part.strip()))
 
 
-def accept_conversation(record: Canonical) -> Conversation:
-    """What fine-tuning takes: conversations, questions with their solution, the chosen side of preferences."""
+def accept_conversation(record: Canonical) -> Conversation | list[Conversation]:
+    """What fine-tuning takes: dialogues, and whatever has a question and an answer worth learning.
+
+    The solution of questions, the chosen side of preferences, the first of the best answers of rankings, the key of
+    multiple choice with its explanation, the ideal answer of rubrics, every thread of a tree.
+
+    Raises:
+        Unused: there is no answer, or none that may be learnt.
+        RowError: it has no question.
+    """
     if isinstance(record, Conversation):
+        if all(m.get("train") is False for m in record.messages if m["role"] == "assistant"):
+            raise Unused("marked as not to be learnt", "its answers are marked as bad, or as not to be learnt")
         return record
-    if isinstance(record, Question):
-        return Conversation([*record.prompt, {"role": "assistant", "content": record.solution}])
+    if isinstance(record, Tree):
+        return _threads(record)
     if isinstance(record, Preference):
         return Conversation([*record.prompt, *record.chosen], record.tools)
     if isinstance(record, Ranking):
         best = record.answers[record.ranks.index(0)]
         return Conversation([*record.prompt, *best], record.tools)
+    if isinstance(record, Question | Choice | Rubric):
+        if not record.answer:
+            raise Unused("no answer in the data", "fine-tuning needs an answer, and this is a question alone")
+        if isinstance(record, Choice):
+            asked, answer = [{"role": "user", "content": question_text(record)}], answer_text(record)
+        else:
+            asked, answer = record.prompt, record.solution if isinstance(record, Question) else record.answer
+        return Conversation([*asked, {"role": "assistant", "content": answer}])
+    if isinstance(record, Message):
+        raise RowError("this is one message of a tree, which says nothing without the others")
     raise RowError("fine-tuning needs a conversation, and this is running text (pretraining.py takes it)")
 
 
-def accept_preference(record: Canonical) -> Preference | Ranking:
-    """What reward modelling, DPO and ORPO take: a better and a worse answer to one prompt, or a ranking of several."""
+def _threads(tree):
+    threads = tree.threads()
+    if not threads:
+        raise Unused("a tree without an answer", "nobody answered in this tree")
+    return threads
+
+
+def accept_preference(record: Canonical) -> Preference | Ranking | list[Ranking]:
+    """What reward modelling, DPO and ORPO take: a better and a worse answer to one prompt, or rankings of several.
+
+    Raises:
+        Unused: a tree in which no two answers to one message are ranked.
+        RowError: nothing is compared.
+    """
     if isinstance(record, (Preference, Ranking)):
         return record
+    if isinstance(record, Tree):
+        if rankings := record.rankings():
+            return rankings
+        raise Unused("a tree without ranked answers", "no two answers to one message of this tree are ranked")
     raise RowError(
         "this stage compares answers (fields 'chosen' and 'rejected', or ranked 'answers'), and this is a "
         f"{type(record).__name__.lower()}"
     )
 
 
-# -- cache -----------------------------------------------------------------------------------------------------------
+# -- cache ------------------------------------------------------------------------------------------------------------
 
 
 def cache_key(files: list[Path], *parts: object) -> str:
@@ -458,44 +461,35 @@ def cache_key(files: list[Path], *parts: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def cached(key: str, directory: str | None, build):
-    """Build tokenised data once and read it ever after; on every machine the first process builds, the others wait.
+def cached(key: str, directory: str | None, build) -> Path:
+    """Build tokenised data once and find it ever after; on every machine the first process builds, the others wait.
+
+    They wait for the directory to appear and in no collective, so that no process group times out meanwhile.
 
     Args:
         key: what cache_key returned.
         directory: --data_cache_dir, or None for a folder in the datasets library's own cache.
-        build: function without arguments returning ({split: columns}, meta); meta must be JSON.
+        build: function that fills the directory it is given.
 
     Returns:
-        ({split: datasets.Dataset}, meta)
+        The directory.
     """
     import datasets
 
     path = Path(directory or Path(datasets.config.HF_DATASETS_CACHE, "stagekit"), key)
     if not path.is_dir() and os.environ.get("LOCAL_RANK", "0") == "0":
-        splits, meta = build()
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        datasets.disable_progress_bars()
-        for name, columns in splits.items():
-            datasets.Dataset.from_dict(columns).save_to_disk(str(temporary / name))
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        temporary.mkdir(parents=True)
         try:
+            build(temporary)
             temporary.rename(path)
-        except OSError:  # another run was faster
-            shutil.rmtree(temporary)
+        except OSError:
+            if not path.is_dir():  # else another run was faster
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):  # nothing else is in it: no trace is left of what failed
+                path.parent.rmdir()
     while not path.is_dir():
         time.sleep(0.2)
-    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    names = [item.name for item in path.iterdir() if item.is_dir()]
-    return {name: datasets.load_from_disk(str(path / name)) for name in names}, meta
-
-
-def ledger_dict(ledger: Ledger) -> dict:
-    """The ledger as stage.json stores it."""
-    return {key: dict(value) if isinstance(value, Counter) else value for key, value in vars(ledger).items()}
-
-
-def ledger_from_dict(stored: dict) -> Ledger:
-    """Inverse of ledger_dict."""
-    counters = {"dropped", "repaired", "turns", "pairs", "tokens"}
-    return Ledger(**{key: Counter(value) if key in counters else value for key, value in stored.items()})
+    return path

@@ -5,7 +5,8 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -122,6 +123,13 @@ def finish(directory: Path, source: Source, record: dict) -> None:
         shutil.copyfile(Path(source.directory, SEEN_PROMPTS), directory / SEEN_PROMPTS)
     write_stage(directory, record)
     write_checksums(directory)
+
+
+def tensor_checksums(tensors: Iterable[tuple[str, object]]) -> dict[str, int]:
+    """{name: CRC-32 of its bytes} of (name, tensor) pairs."""
+    import torch
+
+    return {name: zlib.crc32(tensor.cpu().flatten().view(torch.uint8).numpy()) for name, tensor in tensors}
 
 
 def write_checksums(directory: Path) -> None:

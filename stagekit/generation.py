@@ -28,6 +28,7 @@ from stagekit.checkpoint import (
     base_fingerprint,
     check_base,
     directory_files,
+    extended_vocabulary,
     fingerprint,
     resolve,
     stage_fingerprint,
@@ -169,6 +170,13 @@ def load_for_generation(source: Source, chat: Chat, only_cpu=False, resize_emb=F
         model = merge_adapter(model, directory)
     if source.adapter:
         model = put_adapter(model, source)
+    extended = extended_vocabulary(source.base)
+    if extended and len(chat.tokenizer) <= extended["tokens_before"]:
+        logger.warning(
+            "the vocabulary differs: %s has none of the %d tokens by which %s was extended; was the adapter trained "
+            "before that?",
+            *(source.tokenizer, extended["num_tokens"], source.base),
+        )
     eos = defaults.eos_token_id
     stop_ids = chat.stop_ids + (eos if isinstance(eos, list) else [] if eos is None else [eos])
     text = config.get_text_config()

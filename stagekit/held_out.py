@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Sequence
 
 from accelerate.utils import gather_object
 from transformers import GenerationConfig
@@ -19,11 +20,11 @@ METRICS = ("bleu4", "rouge_l", "answer_accuracy", "stop_rate", "answer_tokens")
 NUM_SHOWN = 3
 
 
-def choose_questions(rows: list, chat: Chat, max_prompt_length: int, seed: int) -> list[dict]:
+def choose_questions(rows: Sequence, chat: Chat, max_prompt_length: int, seed: int) -> list[dict]:
     """Choose rows that can be asked and have an answer to compare with, in an order the seed decides.
 
     Args:
-        rows: data.Row of conversations, preferences, questions or prompts.
+        rows: a sequence of rows.Row of conversations, preferences, questions or prompts.
         chat: tokenizer and template.
         max_prompt_length: in tokens; the oldest exchanges give way.
         seed: of the order.
@@ -32,7 +33,8 @@ def choose_questions(rows: list, chat: Chat, max_prompt_length: int, seed: int) 
         At most MAX_QUESTIONS of {"prompt_ids", "question" (the last user's words), "reference"}.
     """
     found = []
-    for row in random.Random(seed).sample(rows, len(rows)):
+    for place in random.Random(seed).sample(range(len(rows)), len(rows)):
+        row = rows[place]
         record = row.record if isinstance(row.record, Prompt) else accept_prompt(row.record)
         fitted = fit_prompt(chat, record, max_prompt_length) if record.reference.strip() else None
         if fitted:

@@ -14,7 +14,7 @@ def write_whole(path: str | Path, text: str) -> None:
 
 def write_lines(path: str | Path, rows: list[dict]) -> None:
     """Write rows as JSON lines, all of them or nothing."""
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 
 def read_lines(path: Path, start: int = 0) -> tuple[list[dict], int]:

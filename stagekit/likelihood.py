@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from stagekit.formats import Conversation
+from stagekit.chat_templates import asks_for_thoughts
+from stagekit.records import Conversation
 from stagekit.tokenization import document_control, encode_document, encode_messages
 from stagekit.trainers import CHUNK_TOKENS, keeps_logits
 
@@ -24,10 +25,11 @@ def candidate_ids(chat, messages: list[dict], answer: str, whole: bool) -> list[
             compared with it: without, the shorter one is never less likely.
 
     Raises:
-        formats.RowError: the template refuses the messages.
+        records.RowError: the template refuses the messages.
     """
     conversation = Conversation([*messages, {"role": "assistant", "content": answer}])
-    sample = encode_messages(chat, conversation.messages, None, [len(messages)])
+    thinking = asks_for_thoughts(chat.tokenizer)  # as encode_prompt does, behind whose ids these stand
+    sample = encode_messages(chat, conversation.messages, None, [len(messages)], thinking=thinking)
     start, end = sample.turns[len(messages)]
     ids = sample.input_ids[start:end]
     return ids if whole or ids[-1] != chat.stop_ids[0] else ids[:-1]

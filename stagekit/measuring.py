@@ -10,12 +10,12 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from stagekit.benchmarks import Benchmark
-from stagekit.choices import Choice, candidates, choose_shots, question_text
-from stagekit.formats import Preference, RowError
+from stagekit.choices import candidates, choose_shots, question_text
 from stagekit.generation import LoadedModel, Settings, generate_batch, prompt_limit, run_in_batches
 from stagekit.journal import Journal
 from stagekit.likelihood import candidate_ids, score_candidates, text_windows
 from stagekit.prompts import fit_history
+from stagekit.records import Choice, Preference, RowError
 from stagekit.scoring import RewardModel, score_answers
 
 MAX_SCORED = 4096  # tokens of text at once: with a vocabulary of 150,000 their logits take 2.5 GB in fp32

@@ -19,8 +19,18 @@ def count_parameters(config, model_class) -> tuple[int, int]:
     )
 
 
+def count_modules(config, model_class, names: set[str]) -> int:
+    """Parameters of the modules with these names (their last part), a shared matrix once, without allocating them."""
+    if not names:
+        return 0
+    with torch.device("meta"):
+        model = model_class(config)
+    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    return sum({parameter: parameter.numel() for module in modules for parameter in module.parameters()}.values())
+
+
 def predict_training_bytes(
-    config, model_class, model_args, lora_args, training_args, max_tokens: int
+    config, model_class, model_args, lora_args, training_args, max_tokens: int, whole: set[str] = frozenset()
 ) -> dict[str, int]:
     """Predict the peak bytes of a training step on one device.
 
@@ -33,13 +43,14 @@ def predict_training_bytes(
         model_class: as AutoModelForCausalLM would choose.
         model_args, lora_args, training_args: the flags.
         max_tokens: tokens of the longest row.
+        whole: names of the modules that are trained whole beside an adapter.
 
     Returns:
         {"weights", "gradients", "optimizer", "activations", "logits", "total"} in bytes.
     """
     parameters, linear_sides = count_parameters(config, model_class)
     if lora_args.use_peft:
-        trainable = lora_args.lora_rank * linear_sides
+        trainable = lora_args.lora_rank * linear_sides + count_modules(config, model_class, whole)
         per_weight = (
             0.55
             if model_args.load_in_4bit

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from stagekit.checkpoint import Source
+from stagekit.checkpoint import Source, extended_vocabulary
 from stagekit.memory import zero_stage
 from template import TEMPLATES
 
@@ -434,13 +434,34 @@ def add_adapter(model, source: Source, lora_args, training_args):
         other = [f"{name} {value:g}" for name, value in kept.items() if getattr(lora_args, name) != value]
         if other:
             logger.info("the adapter of %s goes on as it is: %s", source.adapter, ", ".join(other))
+        _tell_untrained_rows(source, model, lora)
         return model, _tuning(lora, model_quantised=quantised, continued=True)
     try:
         model = get_peft_model(model, lora_config(model, lora_args))
     except ValueError as error:
         raise ValueError(f"--target_modules {lora_args.target_modules}: {_first_line(error)}") from error
     _train_in_fp32(model, training_args)
+    _tell_untrained_rows(source, model, model.peft_config["default"])
     return model, _tuning(model.peft_config["default"], model_quantised=quantised, continued=False)
+
+
+def _tell_untrained_rows(source, model, lora):
+    """New tokens of an extended base are worth nothing while their rows are what they began as."""
+    extended = extended_vocabulary(source.base)
+    if extended is None or source.merged:  # what was merged has trained them, or has said so
+        return
+    lacking = OUTPUT_HEADS if has_score_head(model.get_base_model()) else ()
+    needed = [name for name in extended["embeddings"]["modules"] if name not in lacking]
+    targets = (
+        lora.target_modules if isinstance(lora.target_modules, set | list) else ()
+    )  # a word for all linear layers
+    trained = {name.rpartition(".")[2] for name in (*(lora.modules_to_save or ()), *targets)}
+    if not trained.issuperset(needed):
+        logger.warning(
+            "the rows of the %d tokens by which %s was extended are not trained: start from its pretraining, or with "
+            "--modules_to_save %s",
+            *(extended["num_tokens"], source.base, ",".join(needed)),
+        )
 
 
 def _train_in_fp32(model, training_args):
@@ -522,6 +543,15 @@ def lora_config(model, lora_args) -> LoraConfig:
         use_rslora=lora_args.use_rslora,
         init_lora_weights=initial,
     )
+
+
+def whole_modules(source: Source, lora_args) -> set[str]:
+    """Names of the modules that are trained whole beside the adapter, the parent's or a new one."""
+    if source.adapter:
+        names = PeftConfig.from_pretrained(source.adapter).modules_to_save or []
+    else:
+        names = (lora_args.modules_to_save or "").split(",")
+    return {name.strip().rpartition(".")[2] for name in names if name.strip()}
 
 
 def _tuning(lora, model_quantised, continued):

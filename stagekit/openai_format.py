@@ -9,8 +9,9 @@ import time
 import uuid
 from collections import Counter
 
-from stagekit import formats
+from stagekit import dialogues
 from stagekit.commandline import LEAST_TEMPERATURE, is_temperature
+from stagekit.records import RowError
 
 # Parameters that ask for nothing as long as they have one of these values (or null), and that cannot be done here.
 NEUTRAL = {
@@ -135,7 +136,7 @@ def read_messages(payload: dict) -> list[dict]:
         raise ApiError(400, "messages must be a list of objects with role and content, and not empty", "messages")
     try:
         messages = _order_results(given, [_read_message(message, number) for number, message in enumerate(given, 1)])
-    except formats.RowError as error:
+    except RowError as error:
         raise ApiError(400, str(error), "messages") from None
     if messages[-1]["role"] not in ("user", "tool"):
         raise ApiError(400, "the last message must be the user's or a tool's", "messages")
@@ -144,29 +145,29 @@ def read_messages(payload: dict) -> list[dict]:
 
 def _read_message(message, number):
     if not isinstance(message, dict):
-        raise formats.RowError(f"message {number} must be an object with role and content")
+        raise RowError(f"message {number} must be an object with role and content")
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
     if not isinstance(role, str) or role not in ROLES:
-        raise formats.RowError(f"message {number}: role must be one of {', '.join(ROLES)}")
+        raise RowError(f"message {number}: role must be one of {', '.join(ROLES)}")
     unknown = [name for name, value in message.items() if name not in OF_MESSAGE and value not in (None, [], "")]
     if unknown:
-        raise formats.RowError(f"message {number}: {unknown[0][:100]!r} is not supported")
+        raise RowError(f"message {number}: {unknown[0][:100]!r} is not supported")
     if isinstance(content, list):
         if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            raise formats.RowError(f"message {number}: only parts of type text are supported")
+            raise RowError(f"message {number}: only parts of type text are supported")
         texts = [part.get("text") for part in content]
         content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     elif content is None and calls and role == "assistant":
         content = ""
     if not isinstance(content, str):
-        raise formats.RowError(f"message {number}: content must be a string or a list of text parts")
+        raise RowError(f"message {number}: content must be a string or a list of text parts")
     for name, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool"), ("name", "tool")):
         if message.get(name) and role != owner:
-            raise formats.RowError(f"message {number}: {name} is not supported in {role} messages")
+            raise RowError(f"message {number}: {name} is not supported in {role} messages")
     if calls and not isinstance(calls, list):
-        raise formats.RowError(f"message {number}: tool_calls must be a list")
+        raise RowError(f"message {number}: tool_calls must be a list")
     read = {"role": ROLES[role], "content": content}
-    return {**read, "tool_calls": formats.read_tool_calls(calls, number)} if calls else read
+    return {**read, "tool_calls": dialogues.read_tool_calls(calls, number)} if calls else read
 
 
 def _order_results(given, messages):
@@ -186,16 +187,16 @@ def _order_results(given, messages):
             wanted, name = message.get("tool_call_id"), message.get("name")
             place = ids.index(wanted) + 1 if wanted in ids else 0 if wanted else place + 1  # without ids: as they come
             if not 0 < place <= len(calls):
-                raise formats.RowError(f"message {number}: the assistant message before it makes no such call")
+                raise RowError(f"message {number}: the assistant message before it makes no such call")
             if name and name != calls[place - 1]["function"]["name"]:
-                raise formats.RowError(f"message {number}: name is not that of the function that was called")
+                raise RowError(f"message {number}: name is not that of the function that was called")
         keys.append((owner, place))
     held = Counter(keys)
     for number, (owner, place) in enumerate(keys, 1):
         if held[owner, place] > 1:
-            raise formats.RowError(f"message {number}: its call has another result")
+            raise RowError(f"message {number}: its call has another result")
         if place > 1 and not held[owner, place - 1]:
-            raise formats.RowError(f"message {number}: the call before the one that it answers has no result")
+            raise RowError(f"message {number}: the call before the one that it answers has no result")
     return [messages[index] for index in sorted(range(len(keys)), key=keys.__getitem__)]
 
 
@@ -205,8 +206,8 @@ def read_tools(payload: dict, chat_template: str) -> list[dict] | None:
     if choice not in (None, "auto", "none"):
         raise ApiError(400, "tool_choice must be auto or none: a call cannot be forced here", "tool_choice")
     try:
-        tools = formats.read_tools(payload)
-    except formats.RowError as error:
+        tools = dialogues.read_tools(payload)
+    except RowError as error:
         raise ApiError(400, str(error), "tools") from None
     if tools and "tools" not in chat_template:
         raise ApiError(400, "the model's chat template takes no tools", "tools")
@@ -247,11 +248,13 @@ class Chat:
             text: the answer so far, without the beginning of a CALL_MARK at its end.
             finish_reason: None while it grows.
         """
-        calls = read_calls(text) if self.tools and finish_reason == "stop" else None
+        calls = read_calls(text, self.tools) if self.tools and finish_reason == "stop" else None
         if calls:
-            text = CALL.sub("", text)
+            text = CALL.sub("", text).strip()
+            text = "" if text.startswith(("{", "[")) else text  # a call without marks
         elif self.tools and finish_reason is None:
-            text = text.partition(CALL_MARK)[0]
+            text = text.partition(CALL_MARK)[0].strip()
+            text = "" if text.startswith(("{", "[")) else text  # it may become a call without marks
         return text.strip(), calls
 
     def whole(self, text: str, calls: list[dict] | None, finish_reason: str) -> dict:
@@ -315,16 +318,23 @@ class Completion:
         return [self.chunk("", finish_reason)]
 
 
-def read_calls(text: str) -> list[dict] | None:
-    """Read the calls that an answer makes; None if it makes none, or broken ones, which are text."""
+def read_calls(text: str, tools: list[dict]) -> list[dict] | None:
+    """Read the calls that an answer makes; None if it makes none, or broken ones, which are text.
+
+    A call is JSON with name and arguments between marks, as template.py and Qwen write it. Llama 3.1 and Mistral write
+    no marks (or ones that are control tokens): then the whole answer is JSON that calls functions among `tools`.
+    """
+    blocks, offered = CALL.findall(text), {tool["function"].get("name") for tool in tools}
     calls = []
-    for match in CALL.finditer(text):
-        try:
-            call = json.loads(match.group(1))
-            arguments = call.get("arguments", {})
+    try:
+        found = [json.loads(block) for block in blocks] if blocks else json.loads(text)
+        for call in found if isinstance(found, list) else [found]:
+            if not (blocks or call["name"] in offered):
+                return None
+            arguments = call.get("arguments", call.get("parameters", {}))
             arguments = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
             function = {"name": call["name"], "arguments": arguments}
-        except (ValueError, KeyError, AttributeError, RecursionError):
-            return None
-        calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+            calls.append({"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
     return calls or None

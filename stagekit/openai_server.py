@@ -24,9 +24,9 @@ from starlette.requests import ClientDisconnect
 
 from stagekit import openai_format
 from stagekit.commandline import is_loopback, names_loopback
-from stagekit.formats import RowError
 from stagekit.generation import GrowingText, LoadedModel, Settings, choose_settings
 from stagekit.openai_format import ApiError, Chat, Completion
+from stagekit.records import RowError
 from stagekit.serving import WorkerStopped
 from stagekit.tokenization import encode_document, encode_prompt
 

@@ -23,6 +23,15 @@ def wilson_interval(successes: float, trials: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def mean_interval(values: np.ndarray) -> tuple[float, float | None, float | None]:
+    """(mean, low, high): a mean with its 95 % interval by the normal approximation, which one value does not have."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None, None
+    half = Z95 * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
 def pair_accuracy(chosen: np.ndarray, rejected: np.ndarray, weights: np.ndarray) -> dict[str, float]:
     """Share of pairs whose better answer has the higher score, ties counting half, with its 95 % interval.
 

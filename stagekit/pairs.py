@@ -7,19 +7,11 @@ model gives its score, in training, in scoring and in PPO alike.
 from collections import Counter
 from dataclasses import dataclass
 
-from stagekit.formats import Conversation, Preference, Ranking
-from stagekit.tokenization import (
-    IGNORE_INDEX,
-    Chat,
-    Sample,
-    choose_probes,
-    encode_messages,
-    histories,
-    map_rows,
-)
-
-IDENTICAL = "identical answers"
-TOO_LONG = "answer does not fit the length limit"
+from stagekit.chat_templates import has_thoughts
+from stagekit.encoding import Candidate, Chunk
+from stagekit.ledger import ANSWER_TOO_LONG, IDENTICAL
+from stagekit.records import Conversation, Preference, Ranking
+from stagekit.tokenization import IGNORE_INDEX, Chat, Sample, encode_messages, histories
 
 
 @dataclass
@@ -80,7 +72,7 @@ def _encode_pair(chat, preference, max_length, whole_answers):
     answers = [preference.chosen, preference.rejected]
     samples, shortened, whole = encode_answers(chat, preference.prompt, answers, preference.tools, max_length)
     if whole_answers and not all(whole):
-        return TOO_LONG
+        return ANSWER_TOO_LONG
     chosen, rejected = samples
     if chosen.input_ids == rejected.input_ids:
         return IDENTICAL
@@ -106,8 +98,10 @@ def encode_answers(
     Raises:
         RowError: the template refuses the conversation.
     """
+    # Behind one prompt, also where the template has two: with thoughts if any answer has some.
+    thinking = any(chat.thinking_of(answer[-1]) for answer in answers) if chat.thinks else None
     for _, shown in histories(prompt):
-        samples = [_encode_answer(chat, shown, answer, tools, len(prompt)) for answer in answers]
+        samples = [_encode_answer(chat, shown, answer, tools, len(prompt), thinking) for answer in answers]
         if max(len(sample.input_ids) for sample in samples) <= max_length:
             return samples, False, [True] * len(samples)
     starts = [min(start for start, _ in sample.turns.values()) for sample in samples]
@@ -119,11 +113,11 @@ def encode_answers(
     return samples, max(starts) > kept, whole
 
 
-def _encode_answer(chat, shown, answer, tools, num_prompt):
+def _encode_answer(chat, shown, answer, tools, num_prompt, thinking):
     """One answer behind what is shown of a prompt of num_prompt messages."""
     messages, begin = [*shown, *answer], len(shown)
     learnt = [index for index in range(begin, len(messages)) if messages[index]["role"] == "assistant"]
-    sample, offset = encode_messages(chat, messages, tools, learnt), num_prompt - begin
+    sample, offset = encode_messages(chat, messages, tools, learnt, thinking=thinking), num_prompt - begin
     end = max(end for _, end in sample.turns.values())  # what a template writes behind it is never generated
     sample.input_ids, sample.labels = sample.input_ids[:end], sample.labels[:end]
     sample.turns = {turn + offset: span for turn, span in sample.turns.items()}
@@ -142,50 +136,41 @@ def _cut(sample, count, max_length, bos):
     sample.turns = {turn: (begin, min(end, max_length)) for turn, (begin, end) in turns.items()}
 
 
-def tokenize_pairs(rows, ledger, encode, num_workers: int | None, description: str):
-    """Tokenise rows into the columns of a dataset of pairs, and close their ledger.
+def encode_pairs(rows: list, encode) -> Chunk:
+    """Encode a chunk of preferences and rankings.
 
     Args:
-        rows: list of data.Row.
-        ledger: their data.Ledger; used, dropped, truncated, pairs and tokens are filled in.
+        rows: of rows.Row.
         encode: function from a canonical record to (pairs, left out), see encode_preference.
-        num_workers: processes; None or 1 works in this one.
-        description: for the progress bar.
 
     Returns:
-        (columns, probes): one list a column, one item a pair; and up to NUM_PROBES probes for the checks.
-
-    Raises:
-        ValueError: a row the template refuses, or no pair left.
+        An encoding.Chunk, one item a pair in each column.
     """
-    encoded = map_rows(rows, encode, num_workers, description)
-    pairs, candidates = [], []
-    for row, (found, left_out) in zip(rows, encoded, strict=True):
+    chunk, pairs = Chunk(), []
+    ledger = chunk.ledger
+    for position, row, (found, left_out) in chunk.encode(rows, encode):
         if not found:
-            ledger.drop(left_out.most_common(1)[0][0])
+            chunk.dropped[position] = left_out.most_common(1)[0][0]
             continue
-        ledger.used += 1
         if isinstance(row.record, Ranking):
             ledger.pairs["from rankings"] += len(found)
             ledger.pairs.update({f"of rankings left out: {reason}": count for reason, count in left_out.items()})
         pairs += found
         record = row.record if isinstance(row.record, Preference) else row.record.pairs()[0]
+        if has_thoughts(record.chosen[-1]["content"]):
+            ledger.turns["with thoughts"] += len(found)
         if not (found[0].shortened or left_out):
             for answer, sample in ((record.chosen, found[0].chosen), (record.rejected, found[0].rejected)):
                 conversation = Conversation([*record.prompt, *answer], record.tools)
-                candidates.append((conversation, [sample], row.origin))
-    if not pairs:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in ledger.dropped.items())
-        raise ValueError(f"{ledger.files[0]}: no pair is left to learn from ({reasons})")
+                chunk.candidates.append(Candidate(conversation, [sample], row.origin))
     samples = [sample for pair in pairs for sample in (pair.chosen, pair.rejected)]
     ledger.samples = len(pairs)
     ledger.truncated = sum(sample.truncated for sample in samples)
     shortened = sum(pair.shortened for pair in pairs)
     ledger.pairs.update({"whose prompt lost its beginning": shortened} if shortened else {})
     ledger.tokens["used"] = sum(len(sample.input_ids) for sample in samples)
-    ledger.tokens["trained"] = sum(label != IGNORE_INDEX for sample in samples for label in sample.labels)
-    ledger.close()
-    columns = {
+    ledger.tokens["trained"] = sum(len(sample.labels) - sample.labels.count(IGNORE_INDEX) for sample in samples)
+    chunk.columns = {
         "chosen_ids": [pair.chosen.input_ids for pair in pairs],
         "chosen_labels": [pair.chosen.labels for pair in pairs],
         "rejected_ids": [pair.rejected.input_ids for pair in pairs],
@@ -193,7 +178,7 @@ def tokenize_pairs(rows, ledger, encode, num_workers: int | None, description: s
         "weight": [pair.weight for pair in pairs],
         "margin": [pair.margin for pair in pairs],
     }
-    return columns, choose_probes(candidates)
+    return chunk
 
 
 class PairCollator:

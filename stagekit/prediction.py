@@ -14,20 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from stagekit.data import find_files, read_records, read_text
-from stagekit.formats import (
-    MESSAGE_KEYS,
-    PROMPT_KEYS,
-    ROLES,
-    Preference,
-    Question,
-    Ranking,
-    RowError,
-    Text,
-    is_ranking,
-    to_canonical,
-)
+from stagekit.choices import answer_text, is_choice, question_text
+from stagekit.comparisons import is_ranking
+from stagekit.dialogues import MESSAGE_KEYS, ROLES
+from stagekit.fields import PROMPT_KEYS
+from stagekit.files import file_type, find_files, read_records, read_text
+from stagekit.formats import to_canonical
 from stagekit.journal import Journal
+from stagekit.records import Choice, Message, Preference, Question, Ranking, RowError, Rubric, Text, Tree
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +58,7 @@ def questions_of(data_file: str, read: Callable[[object], T]) -> list[tuple[T, s
     found, errors = [], []
     for path in find_files(data_file):
         records = read_records(path)
-        if path.name.removesuffix(".gz").endswith(".txt"):
+        if file_type(path) == ".txt":
             lines = enumerate(read_text(path).split("\n"), 1)
             records = (({"question": line.strip()}, number) for number, line in lines if line.strip())
         for record, number in records:
@@ -97,22 +91,28 @@ def read_prompt(record: object) -> tuple[list[dict], list[dict] | None, str | No
     """Read (prompt messages, tools, reference answer) from a record of any conversation or prompt format."""
     answered = True
     compared = isinstance(record, dict) and {"chosen", "chosen_messages", "response_chosen"} & record.keys()
-    if isinstance(record, dict) and not compared and not is_ranking(record):
+    if isinstance(record, dict) and not compared and not is_ranking(record) and not is_choice(record):
         record, answered = _with_answer(record)
     canonical = to_canonical(record)[0]
     if isinstance(canonical, Ranking):
         canonical = canonical.pairs()[0]
     if isinstance(canonical, Text):
         raise RowError("running text holds no question; expected messages, question, instruction or prompt")
-    if isinstance(canonical, Question):
-        messages, tools, reference = canonical.prompt, None, canonical.solution
+    if isinstance(canonical, Tree | Message):
+        raise RowError("a tree of messages holds many questions; expected one question a record")
+    if isinstance(canonical, Choice):
+        messages, tools = [{"role": "user", "content": question_text(canonical)}], None
+        reference = answer_text(canonical)
+    elif isinstance(canonical, Question | Rubric):
+        messages, tools = canonical.prompt, None
+        reference = canonical.solution if isinstance(canonical, Question) else canonical.answer
     elif isinstance(canonical, Preference):
         messages, tools, reference = canonical.prompt, canonical.tools, canonical.chosen[-1]["content"]
     else:
         messages, tools, last = canonical.messages[:-1], canonical.tools, canonical.messages[-1]
         calls = [call["function"] for call in last.get("tool_calls", [])]
         reference = last["content"] or json.dumps(calls, ensure_ascii=False)
-    return messages, tools, reference if answered else None
+    return messages, tools, (reference or None) if answered else None
 
 
 def _with_answer(record):

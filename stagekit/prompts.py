@@ -3,10 +3,22 @@
 import json
 from dataclasses import dataclass
 
-from stagekit.formats import Canonical, Conversation, Preference, Question, Ranking, RowError
-from stagekit.tokenization import Chat, encode_prompt, histories, map_rows
-
-TOO_LONG = "prompt longer than --max_prompt_length"
+from stagekit.choices import question_text
+from stagekit.encoding import Chunk
+from stagekit.ledger import PROMPT_TOO_LONG
+from stagekit.records import (
+    Canonical,
+    Choice,
+    Conversation,
+    Message,
+    Preference,
+    Question,
+    Ranking,
+    RowError,
+    Rubric,
+    Tree,
+)
+from stagekit.tokenization import Chat, encode_prompt, histories
 
 
 @dataclass(frozen=True)
@@ -18,17 +30,30 @@ class Prompt:
     tools: list[dict] | None = None
 
 
-def accept_prompt(record: Canonical) -> Prompt:
-    """What a policy can be asked: the prompt of anything that has one."""
-    if isinstance(record, Question):
+def accept_prompt(record: Canonical) -> Prompt | list[Prompt]:
+    """What a policy can be asked: the prompt of anything that has one; of a tree every message of the user's.
+
+    The reference is the answer that the data holds up as right: letters of a choice, a number, a word or free text.
+    An answer that is marked as not to be learnt is none.
+
+    Raises:
+        RowError: there is no prompt.
+    """
+    if isinstance(record, Tree):
+        return [Prompt(question.prompt, question.answer) for question in record.questions()]
+    if isinstance(record, Question | Rubric):
         return Prompt(record.prompt, record.answer)
+    if isinstance(record, Choice):
+        return Prompt([{"role": "user", "content": question_text(record)}], record.answer)
     if isinstance(record, Conversation):
-        return Prompt(record.messages[:-1], record.messages[-1]["content"], record.tools)
+        last = record.messages[-1]
+        return Prompt(record.messages[:-1], "" if last.get("train") is False else last["content"], record.tools)
     if isinstance(record, Preference):
         return Prompt(record.prompt, record.chosen[-1]["content"], record.tools)
     if isinstance(record, Ranking):
         return Prompt(record.prompt, record.answers[record.ranks.index(0)][-1]["content"], record.tools)
-    raise RowError("this stage needs prompts (a question or a conversation), and this is running text")
+    kind = "one message of a tree" if isinstance(record, Message) else "running text"
+    raise RowError(f"this stage needs prompts (a question or a conversation), and this is {kind}")
 
 
 def fit_history(
@@ -70,31 +95,26 @@ def last_question(messages: list[dict]) -> str:
     return next(message["content"] for message in reversed(messages) if message["role"] == "user")
 
 
-def tokenize_prompts(rows, ledger, chat: Chat, max_prompt_length: int, num_workers: int | None, description: str):
-    """Tokenise rows into the columns of a dataset of prompts, and close their ledger.
+def encode_prompts(rows: list, chat: Chat, max_prompt_length: int) -> Chunk:
+    """Encode a chunk of prompts.
 
     Args:
-        rows: list of data.Row with Prompt records.
-        ledger: their data.Ledger.
+        rows: of rows.Row with Prompt records.
         chat, max_prompt_length: see fit_prompt.
-        num_workers, description: see tokenization.map_rows.
 
     Returns:
-        (columns, []): prompt_ids, prompt (the last user's words), reference, and conversation: what was shown, as
-        JSON {"messages", "tools"}. There are no samples to probe.
-
-    Raises:
-        ValueError: a row the template refuses, or no prompt left.
+        An encoding.Chunk with the columns prompt_ids, prompt (the last user's words), reference, and conversation:
+        what was shown, as JSON {"messages", "tools"}. There are no samples to probe.
     """
-    encoded = map_rows(rows, lambda record: fit_prompt(chat, record, max_prompt_length), num_workers, description)
-    kept = [(row.record, *found) for row, found in zip(rows, encoded, strict=True) if found is not None]
-    ledger.drop(TOO_LONG, len(rows) - len(kept))
-    if not kept:
-        raise ValueError(f"{ledger.files[0]}: no prompt fits --max_prompt_length {max_prompt_length}")
-    ledger.used = ledger.samples = len(kept)
-    ledger.tokens["used"] = sum(len(ids) for _, ids, _ in kept)
-    ledger.close()
-    columns = {
+    chunk, kept = Chunk(), []
+    for position, row, found in chunk.encode(rows, lambda record: fit_prompt(chat, record, max_prompt_length)):
+        if found is None:
+            chunk.dropped[position] = PROMPT_TOO_LONG
+        else:
+            kept.append((row.record, *found))
+    chunk.ledger.samples = len(kept)
+    chunk.ledger.tokens["used"] = sum(len(ids) for _, ids, _ in kept)
+    chunk.columns = {
         "prompt_ids": [ids for _, ids, _ in kept],
         "prompt": [last_question(shown) for _, _, shown in kept],
         "reference": [record.reference for record, _, _ in kept],
@@ -102,4 +122,4 @@ def tokenize_prompts(rows, ledger, chat: Chat, max_prompt_length: int, num_worke
             json.dumps({"messages": shown, "tools": record.tools}, ensure_ascii=False) for record, _, shown in kept
         ],
     }
-    return columns, []
+    return chunk

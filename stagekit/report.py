@@ -18,7 +18,7 @@ from stagekit.report_reading import number, part, read_object, read_rows, text
 
 METHODS = ("pt", "sft", "rm", "ppo", "dpo", "orpo", "grpo")  # in the order in which people name them
 ASIDE = re.compile(r"(.+)\.\d+$")  # a run that a later one moved out of its way
-WHOLE = ("full", "merged", "bitsandbytes")  # ways of tuning that leave a model, not an adapter
+WHOLE = ("full", "merged", "bitsandbytes", "extended")  # ways of tuning that leave a model, not an adapter
 LONGEST_HEADER = 100_000_000  # bytes, as the format has it
 NUM_SAMPLES = 3  # answers from training that are kept, from its beginning and from its end
 # What is drawn of a training: (key, names in the log, which with eval_ before them are the held-out ones, methods).

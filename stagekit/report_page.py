@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 MAX_COLUMNS = 14  # of a table that can be taken in at a glance
 LONGEST = 3000  # characters of an answer on the page
 SMALL = 100_000_000  # parameters below which a model is called small
-COLOURS = {*METHODS} - {"merge", "quantize"}  # methods that the stylesheet has a colour for
+COLOURS = {*METHODS} - {"merge", "quantize", "extend_vocabulary"}  # methods that the stylesheet has a colour for
 
 
 def render(facts: dict, language: str, command: str, json_name: str) -> str:

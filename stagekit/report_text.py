@@ -27,6 +27,7 @@ METHODS = {
     "grpo": ("group relative policy optimization", "组相对策略优化"),
     "merge": ("merged weights", "合并后的权重"),
     "quantize": ("quantized weights", "量化后的权重"),
+    "extend_vocabulary": ("extended vocabulary", "扩充词表"),
 }
 
 # Names of measures: heading of a column, name in a sentence (English), name in a sentence (Chinese), what it is.
@@ -176,6 +177,8 @@ CHECKS = {
     "finite": ("every loss is a number", "损失均为有限值"),
     "saved_is_loaded": ("what was saved is what is loaded", "存下的就是读回的"),
     "merge_is_exact": ("merged equals adapter on base", "合并与适配器等价"),
+    "vocabulary_is_extended": ("old text keeps its tokens, some of them joined", "旧文本的 token 不变，仅部分合并"),
+    "base_is_unchanged": ("every old weight is the base's", "原有权重与基座一致"),
 }
 
 TEXT = {

@@ -182,6 +182,8 @@ def reference_letters(reference: str, options: dict[str, str]) -> frozenset | No
     """The letters a reference stands for ("ACD", "A,C", "(B)", "B. aspirin", "aspirin"), None where it is none."""
     if not options:
         return None
+    if reference in options:  # the letter, also where another option's text is just that ("D" for vitamin D)
+        return frozenset(reference)
     for letter, text in options.items():
         if re.fullmatch(rf"(?i:(?:\(?{letter} ?[.、:)] ?)?{re.escape(text)}\.?)", reference):
             return frozenset(letter)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import logging
 import os
 import platform
@@ -37,23 +38,26 @@ from stagekit.checkpoint import (
 )
 from stagekit.commandline import command_line
 from stagekit.curves import draw_curves
-from stagekit.formats import Conversation
+from stagekit.encoding import Probe, write_dataset
 from stagekit.held_out import METRICS, choose_questions, describe_answers
+from stagekit.ledger import Ledger
 from stagekit.modeling import (
     fetch_from_modelscope,
     generation_settings,
     has_score_head,
     model_class,
     stretched_positions,
+    whole_modules,
 )
-from stagekit.pairs import encode_preference, tokenize_pairs
-from stagekit.prompts import accept_prompt, tokenize_prompts
-from stagekit.tokenization import Probe, Sample, preview
+from stagekit.pairs import encode_pairs, encode_preference
+from stagekit.prompts import accept_prompt, encode_prompts
+from stagekit.records import Conversation
+from stagekit.tokenization import Sample, preview, settle_thinking
 from stagekit.trainers import StageMixin
 
 logger = logging.getLogger(__name__)
 
-DATA_VERSION = 4  # of what tokenisation yields; raise it when that changes, so that old caches are not read
+DATA_VERSION = 5  # of what tokenisation yields; raise it when that changes, so that old caches are not read
 
 
 @dataclass
@@ -67,7 +71,7 @@ class Run:
     checks: checks.Checks
     resume: str | None = None
     overwrite: bool = False
-    rejected: list[dict] = field(default_factory=list)
+    rejected_rows: Path | None = None  # file of rows that were left out, where there are such
     chat: object = None
     tuning: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
@@ -155,52 +159,69 @@ def given_arguments(args) -> dict:
     return {name: value if isinstance(value, plain) else str(value) for name, value in values.items()}
 
 
-def load_data(run: Run, data_args, accept, tokenize, tokenizer, *settings):
+def load_data(run: Run, data_args, accept, encode_chunk, tokenizer, *settings):
     """Read, account for, tokenise and cache the data of a stage; check that nothing is measured on trained prompts.
 
     Args:
         run: what start_run returned; its data and hashes are filled in.
         data_args: DataArguments.
         accept: see data.load_rows.
-        tokenize: tokenization.tokenize_rows or pairs.tokenize_pairs, with all they need but the rows and their ledger.
+        encode_chunk: see encoding.write_dataset.
         tokenizer: part of the cache key, with its chat template.
-        *settings: whatever decides what tokenize yields (lengths, switches); part of the cache key.
+        *settings: whatever decides what encode_chunk yields (lengths, switches); part of the cache key.
 
     Returns:
-        (datasets, probes): {"train", "validation"} with the columns tokenize yields; probes for the checks.
+        (datasets, probes): {"train", "validation"} with the columns encode_chunk yields; probes for the checks.
     """
+    from datasets import Dataset
+
     seed = run.training_args.seed
 
-    def build():
-        splits = data.load_splits(data_args, accept, seed)
-        columns, probes = {}, []
+    def settle(ledger):
+        if not (run.chat and ledger.tokens["trained"]):  # only prompts were read
+            return ""
+        return settle_thinking(run.chat, ledger.turns["with thoughts"], ledger.turns["trained"] or ledger.samples)
+
+    def build(directory):
+        splits = data.load_splits(data_args, accept, seed, sources)
+        probes = []
         parts = (
             ("train", splits.train, splits.train_ledger),
             ("validation", splits.validation, splits.validation_ledger),
         )
         for name, rows, ledger in parts:
-            workers = data_args.preprocessing_num_workers
-            columns[name], found = tokenize(rows, ledger, num_workers=workers, description=f"tokenising {name}")
+            path, workers = directory / f"{name}.arrow", data_args.preprocessing_num_workers
+            found = write_dataset(rows, ledger, encode_chunk, path, splits.rejected, workers, f"tokenising {name}")
+            if name == "train":
+                settle(ledger)  # held-out questions are asked in the way that is trained
             probes += found if name == "train" else found[:8]
+        np.save(directory / data.SEEN_PROMPTS, np.unique(splits.train.column("prompts")))
+        splits.rejected.save(directory / data.REJECTED_ROWS)
+        hashes = splits.validation.column("prompts").tolist()
         meta = {
-            "ledgers": {name: data.ledger_dict(ledger) for name, _, ledger in parts},
-            "rejected": splits.rejected,
-            "train_hashes": data.prompt_hashes(splits.train).tolist(),
-            "held_out": [(data.prompt_hash(row.record), row.origin) for row in splits.validation],
+            "ledgers": {name: ledger.to_dict() for name, _, ledger in parts},
+            "held_out": [(prompt, row.origin) for prompt, row in zip(hashes, splits.validation, strict=True)],
             "probes": [dataclasses.asdict(probe) for probe in probes],
             "questions": []
             if run.num_questions is None
             else choose_questions(splits.validation, run.chat, run.question_tokens, seed),
         }
-        return columns, meta
+        (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
-    files = data.find_files(data_args.train_file_dir)
-    files += data.find_files(data_args.validation_file_dir) if data_args.validation_file_dir else []
-    reading = {name: value for name, value in dataclasses.asdict(data_args).items() if "cache" not in name}
+    sources = data.find_sources(data_args)  # by every process: the hub's own locks let one download
+    without_effect = ("data_cache_dir", "preprocessing_num_workers", "max_leaked_percentage")
+    reading = {name: value for name, value in vars(data_args).items() if name not in without_effect}
     kind = [run.stage, reading, seed, settings, DATA_VERSION]
-    key = data.cache_key(files, kind, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template)
-    datasets, meta = data.cached(key, data_args.data_cache_dir, build)
+    files, vocabulary = [*sources.train, *sources.validation], tokenizer.backend_tokenizer.to_str()
+    key = data.cache_key(files, kind, vocabulary, tokenizer.chat_template)
+    directory = data.cached(key, data_args.data_cache_dir, build)
+    meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
+    datasets = {name: Dataset.from_file(str(directory / f"{name}.arrow")) for name in meta["ledgers"]}
     show_data(run, meta)
+    run.train_hashes = data.load_seen_prompts(directory)
+    run.rejected_rows = directory / data.REJECTED_ROWS
+    if said := settle(Ledger.from_dict(run.data["train"])):
+        logger.info("%s", said)
     held_out = [tuple(item) for item in meta["held_out"]]
     parent, limit = run.source.directory, data_args.max_leaked_percentage
     run.checks.run("leakage", checks.leakage, run.train_hashes, held_out, parent, limit)
@@ -243,17 +264,17 @@ def load_pairs(run: Run, data_args, chat, max_length: int, whole_answers: bool):
     """load_data for preferences, and the checks of what is compared; see pairs.encode_preference.
 
     Returns:
-        (datasets, probes): see load_data; the columns are those of pairs.tokenize_pairs.
+        (datasets, probes): see load_data; the columns are those of pairs.encode_pairs.
     """
 
-    def tokenize(rows, ledger, **progress):
-        def encode(record):
-            return encode_preference(chat, record, max_length, whole_answers)
+    def encode(record):
+        return encode_preference(chat, record, max_length, whole_answers)
 
-        return tokenize_pairs(rows, ledger, encode, **progress)
+    def encode_chunk(rows):
+        return encode_pairs(rows, encode)
 
     settings = (max_length, whole_answers)
-    datasets, probes = load_data(run, data_args, data.accept_preference, tokenize, chat.tokenizer, *settings)
+    datasets, probes = load_data(run, data_args, data.accept_preference, encode_chunk, chat.tokenizer, *settings)
     run.checks.run("loss_mask", checks.loss_mask, chat, probes, False)
     run.checks.run("template_parity", checks.template_parity, chat, probes)
     run.checks.run("no_forged_turns", checks.no_forged_turns, chat)
@@ -264,13 +285,13 @@ def load_prompts(run: Run, data_args, max_prompt_length: int):
     """load_data for prompts that a policy answers itself.
 
     Returns:
-        Datasets with the columns of prompts.tokenize_prompts.
+        Datasets with the columns of prompts.encode_prompts.
     """
 
-    def tokenize(rows, ledger, **progress):
-        return tokenize_prompts(rows, ledger, run.chat, max_prompt_length, **progress)
+    def encode_chunk(rows):
+        return encode_prompts(rows, run.chat, max_prompt_length)
 
-    datasets, _ = load_data(run, data_args, accept_prompt, tokenize, run.chat.tokenizer, max_prompt_length)
+    datasets, _ = load_data(run, data_args, accept_prompt, encode_chunk, run.chat.tokenizer, max_prompt_length)
     run.checks.run("no_forged_turns", checks.no_forged_turns, run.chat)
     return datasets
 
@@ -289,13 +310,11 @@ def _probe(stored):
 
 
 def show_data(run: Run, meta: dict) -> None:
-    """Print the ledgers; note them and the rejected rows down for what the run writes."""
+    """Print the ledgers; note them down for what the run writes."""
     run.data = meta["ledgers"]
-    run.train_hashes = np.array(meta["train_hashes"], dtype=np.uint64)
     for split, title in (("train", "training"), ("validation", "held-out")):
-        for line in data.ledger_from_dict(run.data[split]).lines(title):
+        for line in Ledger.from_dict(run.data[split]).lines(title):
             logger.info("%s", line)
-    run.rejected = meta["rejected"]
 
 
 def check_memory(
@@ -323,8 +342,9 @@ def check_memory(
     if model_class(config) is None:  # code that came with the model: its size is known once it is loaded
         run.checks.outcomes["memory"] = {"passed": None, "value": "no prediction for remote code", "limit": ""}
         return
+    whole = whole_modules(run.source, lora_args)
     parts = memory.predict_training_bytes(
-        config, model_class(config), model_args, lora_args, run.training_args, max_tokens
+        config, model_class(config), model_args, lora_args, run.training_args, max_tokens, whole
     )
     if scores:
         parts = {**parts, "logits": 0}
@@ -368,7 +388,9 @@ def finish_run(trainer: StageMixin, run: Run, tokenizer) -> None:
         logger.info("resumes from %s", run.resume)
     if trainer.is_world_process_zero():
         prepare_output_dir(args.output_dir, run.overwrite, bool(run.resume))
-        data.write_rejected(run.rejected, args.output_dir)
+        if run.rejected_rows.is_file():
+            copied = shutil.copy(run.rejected_rows, args.output_dir)
+            logger.warning("rows that were left out, and why: %s", copied)
     trainer.accelerator.wait_for_everyone()
     args.eval_on_start = args.do_eval and run.resume is None
     result = trainer.train(resume_from_checkpoint=run.resume)

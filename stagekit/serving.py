@@ -20,14 +20,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from transformers.generation.continuous_batching.requests import GenerationOutput
 
-from stagekit.generation import (
-    LoadedModel,
-    Settings,
-    StopWhen,
-    TokenQueue,
-    choose_settings,
-    make_generation_config,
-)
+from stagekit.generation import LoadedModel, Settings, StopWhen, TokenQueue, choose_settings, make_generation_config
 from stagekit.tokenization import encode_prompt
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ import numpy as np
 from eval_metrics import score_pairs
 from stagekit.benchmarks import Benchmark, Item, Safety
 from stagekit.choices import candidates, read_answer
-from stagekit.formats import Preference
 from stagekit.pair_metrics import Z95, pair_accuracy, wilson_interval
 from stagekit.prompts import Prompt, last_question
+from stagekit.records import Preference
 from stagekit.rewards import judge_accuracy, judge_repetition, split_thinking
 
 GROUPS = {"choice": "by_subject", "safety": "by_kind", "verifiable": "by_kind"}

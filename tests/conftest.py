@@ -142,6 +142,37 @@ def browser():
         started.close()
 
 
+def spooled(rows):
+    """Rows as the stages read them, from a list of rows.Row."""
+    import numpy as np
+
+    from stagekit.data import prompt_hash
+    from stagekit.rows import Rows, Spool
+
+    spool = Spool()
+    for number, row in enumerate(rows):
+        prompt = prompt_hash(row.record)
+        spool.append(row, prompt, 0, [number], prompt)
+    spool.flush()
+    return Rows(spool, np.arange(len(rows)))
+
+
+def encoded(rows, encode_chunk, ledger=None, num_workers=None, skip=False):
+    """What write_dataset makes of a list of rows: (columns, probes, ledger)."""
+    import tempfile
+
+    import datasets
+
+    from stagekit.encoding import write_dataset
+    from stagekit.ledger import Ledger, Rejected
+
+    ledger = ledger or Ledger(read=len(rows), files=["file"])
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "data.arrow")
+        probes = write_dataset(spooled(rows), ledger, encode_chunk, path, Rejected(skip), num_workers)
+        return datasets.Dataset.from_file(str(path), in_memory=True).to_dict(), probes, ledger
+
+
 def write_jsonl(path, rows):
     """Write rows as JSON lines and return the path."""
     path = Path(path)

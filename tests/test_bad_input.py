@@ -87,8 +87,8 @@ BAD_DATA = {
         "d.jsonl:10: no known format has the fields ['a', 'b']; expected",
     ),
     "wrong role order": (
-        *(SFT, good_and(talk(("human", "Q"), ("human", "Q"), ("gpt", "A")))),
-        "d.jsonl:10: wrong role order at turn 2: user after user; user and assistant must take turns" + REMEDY,
+        *(SFT, good_and(talk(("human", "Q"), ("system", "S"), ("gpt", "A")))),
+        "d.jsonl:10: wrong role order at turn 2: system after user; user and assistant must take turns" + REMEDY,
     ),
     "tool call that is no JSON": (
         *(SFT, good_and(talk(("human", "Q"), ("function_call", "f(x)"), ("gpt", "A")))),
@@ -98,11 +98,6 @@ BAD_DATA = {
         *(SFT, good_and({"text": "words"})),
         "d.jsonl:10: fine-tuning needs a conversation, and this is running text (pretraining.py takes it)" + REMEDY,
     ),
-    "conversations instead of text": (
-        *(PT, '{"text": "one"}\n' + json.dumps(talk(("human", "Q"), ("gpt", "A")))),
-        "d.jsonl:2: pretraining needs running text (field 'text'), and this is a conversation" + REMEDY,
-    ),
-    "empty text": (PT, '{"text": "one"}\n{"text": ""}\n', "d.jsonl:2: field 'text' is empty" + REMEDY),
     "empty file": (SFT, "", "d.jsonl: the file is empty; remove it or fill it"),
     "not UTF-8": (
         *(SFT, good_and()),
@@ -126,9 +121,9 @@ def test_bad_data_is_named_by_file_and_line(run, name):
 
 def test_several_bad_rows_take_a_line_each_and_one_says_what_to_do(run):
     with open("d.jsonl", "w") as stream:
-        stream.write('{"text": "one"}\n{"text": ""}\n{"text": 7}\n')
+        stream.write('{"text": "one"}\n[1]\n{"text": 7}\n')
     lines = [line for line in run(PT, "--train_file_dir", "d.jsonl") if not GREETING.match(line)]
-    assert lines[0] == "pretraining.py: error: d.jsonl:2: field 'text' is empty"
+    assert lines[0] == "pretraining.py: error: d.jsonl:2: expected an object with named fields, got list"
     assert lines[1].startswith("d.jsonl:3: no known format has the fields ['text']; expected one of: ")
     assert lines[2:] == [REMEDY.strip()]
 

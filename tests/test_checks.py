@@ -25,8 +25,9 @@ from stagekit.checks import (
     saved_is_loaded,
     template_parity,
 )
-from stagekit.formats import Conversation
-from stagekit.tokenization import IGNORE_INDEX, Collator, Probe, encode_conversation, prepare_chat
+from stagekit.encoding import Probe
+from stagekit.records import Conversation
+from stagekit.tokenization import IGNORE_INDEX, Collator, encode_conversation, prepare_chat
 
 # -- running, skipping -----------------------------------------------------------------------------------------------
 
@@ -215,6 +216,51 @@ def test_a_tool_call_that_is_not_learnt_is_caught(chat):
 def test_prompts_that_should_be_learnt_and_are_not_are_caught(chat):
     with pytest.raises(CheckError, match="--train_on_inputs True, but not every token is learnt"):
         loss_mask(chat, probes_of(chat, talk("Q", "A")), True)
+
+
+def excluding(messages, turn):
+    return [{**message, "train": False} if number == turn else message for number, message in enumerate(messages)]
+
+
+def test_masks_without_an_excluded_answer_pass(chat):
+    messages = excluding(talk("Q1", "A1", "Q2", "A2", "Q3", "A3"), 3)
+    loss_mask(chat, probes_of(chat, messages), False)
+    loss_mask(chat, probes_of(chat, messages, train_on_inputs=True), True)
+    loss_mask(chat, probes_of(chat, excluding(WITH_TOOL, 1), train_on_inputs=True), True)
+
+
+@pytest.mark.parametrize("train_on_inputs", [False, True])
+def test_an_excluded_answer_that_is_learnt_is_caught(chat, train_on_inputs):
+    messages = talk("Q1", "A1", "Q2", "A2")
+    (probe,) = probes_of(chat, messages, train_on_inputs=train_on_inputs)
+    probe = replace(probe, conversation=Conversation(excluding(messages, 1)))
+    with pytest.raises(CheckError, match="data.jsonl:3: an answer is learnt that the data excludes"):
+        loss_mask(chat, [probe], train_on_inputs)
+
+
+def test_a_question_left_out_beside_an_excluded_answer_is_caught(chat):
+    (probe,) = probes_of(chat, excluding(talk("Q1", "A1", "Q2", "A2"), 1), train_on_inputs=True)
+    probe.sample.labels[2] = IGNORE_INDEX
+    with pytest.raises(CheckError, match="--train_on_inputs True, but not every token is learnt"):
+        loss_mask(chat, [probe], True)
+
+
+THOUGHTFUL = talk("Q", "<think>\nhm\n</think>\n\nyes")
+
+
+@pytest.mark.parametrize("content", ["<think>hm</think>yes", "<think>\n\nhm\n</think>\n yes "])
+def test_the_white_space_of_thoughts_is_the_templates(content):
+    chat = prepare_chat(build_tokenizer(), "qwen3")
+    (probe,) = probes_of(chat, THOUGHTFUL)
+    loss_mask(chat, [replace(probe, conversation=Conversation(talk("Q", content)))], False)
+
+
+@pytest.mark.parametrize("content", ["<think>hmm</think>yes", "yes", "hm", "<think>hm</think>no", "hm yes"])
+def test_other_thoughts_than_the_datas_are_caught(content):
+    chat = prepare_chat(build_tokenizer(), "qwen3")
+    (probe,) = probes_of(chat, THOUGHTFUL)
+    with pytest.raises(CheckError, match="learnt .*, but the answer is"):
+        loss_mask(chat, [replace(probe, conversation=Conversation(talk("Q", content)))], False)
 
 
 # -- templates -------------------------------------------------------------------------------------------------------

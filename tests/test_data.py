@@ -1,6 +1,5 @@
-"""Files as users have them, the account of their rows, what is held out, and the cache of tokenised data."""
+"""The account of the rows of files, what is held out, and the cache of tokenised data."""
 
-import gzip
 import json
 import logging
 import os
@@ -8,36 +7,30 @@ import random
 import shutil
 import threading
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import conversations, write_jsonl
+from conftest import conversations, spooled, write_jsonl
 
 from stagekit.arguments import DataArguments
 from stagekit.data import (
-    Ledger,
-    Row,
     accept_conversation,
     accept_preference,
     accept_text,
     cache_key,
     cached,
     draw,
-    find_files,
     hold_out,
-    ledger_dict,
-    ledger_from_dict,
     load_rows,
     load_seen_prompts,
     load_splits,
     prompt_hash,
-    prompt_hashes,
-    read_records,
-    write_rejected,
 )
-from stagekit.formats import Conversation, Preference, Question, Ranking, RowError, Text
-
-TWO = [{"text": "first"}, {"text": "second"}]
+from stagekit.ledger import NOT_DRAWN, UNREADABLE, Ledger, Rejected
+from stagekit.prompts import Prompt, accept_prompt
+from stagekit.records import Conversation, Message, Preference, Question, Ranking, RowError, Text, Unused
+from stagekit.rows import Row, Rows, Spool
 
 
 def write(path, content):
@@ -45,10 +38,6 @@ def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
-
-
-def read(path, **options):
-    return list(read_records(path, **options))
 
 
 def arguments(path, **options):
@@ -59,172 +48,30 @@ def texts(rows):
     return [row.record.text for row in rows]
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
-@pytest.mark.parametrize(
-    ("content", "lines"),
-    [
-        ('{"text": "first"}\n{"text": "second"}\n', [1, 2]),
-        ('\n{"text": "first"}\r\n\r\n{"text": "second"}', [2, 4]),
-        ('[{"text": "first"}, {"text": "second"}]', [1, 1]),
-        ('[\n  {\n    "text": "first"\n  },\n  {\n    "text": "second"\n  }\n]\n', [2, 5]),
-        ('\n\n[{"text": "first"},\n\n{"text": "second"}]', [3, 5]),
-        ('{"a": {"text": "first"}, "b": {"text": "second"}}', [1, 1]),
-        ('{\n "a": {"text": "first"},\n "b": {"text": "second"}\n}\n', [1, 1]),
-    ],
-    ids=["lines", "lines with gaps", "array on a line", "indented array", "late array", "dict by id", "indented dict"],
-)
-def test_json_is_recognised_by_its_content(tmp_path, name, content, lines):
-    assert read(write(tmp_path / name, content)) == list(zip(TWO, lines, strict=True))
-
-
-def test_one_indented_record_is_one_record(tmp_path):
-    path = write(tmp_path / "a.json", '{\n  "text": "first",\n  "url": "u"\n}\n')
-    assert read(path) == [({"text": "first", "url": "u"}, 1)]
-
-
-@pytest.mark.parametrize(
-    ("separator", "expected"),
-    [
-        ("blank_line", [("one\ntwo", 2), ("three", 5)]),
-        ("line", [("one", 2), ("two", 3), ("three", 5)]),
-        ("file", [("one\r\ntwo\r\n \r\nthree", 1)]),
-    ],
-)
-def test_the_documents_of_a_txt_file_end_where_the_user_says(tmp_path, separator, expected):
-    path = write(tmp_path / "a.txt", "\r\none\r\ntwo\r\n \r\nthree\r\n")
-    assert read(path, txt_documents=separator) == expected
-
-
-def test_a_gzipped_file_is_read_whatever_its_name(tmp_path):
-    packed = gzip.compress(b'{"text": "first"}\n{"text": "second"}\n')
-    assert read(write(tmp_path / "a.jsonl.gz", packed)) == [(TWO[0], 1), (TWO[1], 2)]
-    assert read(write(tmp_path / "a.jsonl", packed)) == [(TWO[0], 1), (TWO[1], 2)]
-    assert read(write(tmp_path / "a.txt.gz", gzip.compress(b"one\n\ntwo"))) == [("one", 1), ("two", 3)]
-
-
-def test_a_byte_order_mark_is_skipped(tmp_path):
-    assert read(write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "first"}')) == [(TWO[0], 1)]
-    assert read(write(tmp_path / "a.txt", b"\xef\xbb\xbfone")) == [("one", 1)]
-
-
-def test_a_line_separator_inside_a_string_does_not_end_the_line(tmp_path):
-    text = "one\u2028two\u0085three\x0bfour"
-    path = write(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "second"}\n')
-    assert read(path) == [({"text": text}, 1), (TWO[1], 2)]
-    assert read(write(tmp_path / "a.txt", "one\u2028two"), txt_documents="line") == [("one\u2028two", 1)]
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        ("", "a.jsonl: the file is empty; remove it or fill it"),
-        (" \n\n", "a.jsonl: the file is empty; remove it or fill it"),
-        (b"\xef\xbb\xbf\n", "a.jsonl: the file is empty; remove it or fill it"),
-        (gzip.compress(b""), "a.jsonl: the file is empty; remove it or fill it"),
-        (POINTER, "a.jsonl: this is a Git-LFS pointer, not the data; run `git lfs pull` where it came from"),
-        (
-            '{"text": "x"}\n{"text": "发烧"}'.encode("gb18030"),
-            "a.jsonl:2: not UTF-8 (byte 0xb7); it reads as GBK: iconv -f GB18030 -t UTF-8 a.jsonl > new.jsonl",
-        ),
-        (b"\xef\xbb\xbf" + b'{"text":\n"\xb7\xa2"}', "a.jsonl:2: not UTF-8 (byte 0xb7); it reads as GBK"),
-        (b'{"text": "\xff\xff"}', "a.jsonl:1: not UTF-8 (byte 0xff)"),
-        (gzip.compress(b"x" * 99)[:-9], "a.jsonl: damaged gzip file ("),
-        (gzip.compress(b"x" * 99)[:10] + b"\xff" * 20, "a.jsonl: damaged gzip file ("),
-    ],
-    ids=[
-        "empty",
-        "blank",
-        "only a mark",
-        "empty gzip",
-        "pointer",
-        "GBK",
-        "GBK after a mark",
-        "neither",
-        "cut",
-        "torn",
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named_with_what_would_help(tmp_path, content, reason):
-    with pytest.raises(ValueError) as error:
-        read(write(tmp_path / "a.jsonl", content))
-    assert str(error.value).startswith(f"{tmp_path}/{reason}")
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ('{"text": "first"}\n{"text": \n{"text": "second"}\n', [TWO[0], (2, "broken JSON at column 10 ("), TWO[1]]),
-        ('{"text": \n{"text": "first"}\n', [(1, "broken JSON at column 10 ("), TWO[0]]),
-        ('[{"text": "first"},\n{"text" 1}, {"text": "x"}]', [TWO[0], (2, "broken JSON at column 9 (")]),
-        ('[{"text": "first"},\n{"text": "second"}', [*TWO, (2, "the array does not end; the file is cut off")]),
-        ('[{"text": "first"}]\n[{"text": "second"}]', [TWO[0], (2, "something follows the end of the array")]),
-    ],
-    ids=["line", "first line", "item of an array", "array cut off", "two arrays"],
-)
-def test_broken_json_is_one_bad_row_with_its_line(tmp_path, content, expected):
-    found = read(write(tmp_path / "a.json", content))
-    assert len(found) == len(expected)
-    for (record, line), wanted in zip(found, expected, strict=True):
-        if isinstance(wanted, dict):
-            assert record == wanted
-        else:
-            assert isinstance(record, RowError) and (line, str(record)[: len(wanted[1])]) == wanted
-
-
-def test_a_directory_is_searched_recursively_in_sorted_order_without_what_is_hidden(tmp_path):
-    for name in ("b.jsonl", "a/z.json", "a/y.txt.gz", ".hidden.jsonl", ".cache/x.jsonl", "notes.md", "a/c.csv"):
-        write(tmp_path / name, "x")
-    assert find_files(str(tmp_path)) == [tmp_path / "a/y.txt.gz", tmp_path / "a/z.json", tmp_path / "b.jsonl"]
-
-
-def test_files_and_directories_are_listed_with_commas_and_each_file_once(tmp_path):
-    one, two = write(tmp_path / "d/one.txt", "x"), write(tmp_path / "two.data", "x")
-    assert find_files(f"{two}, {one},{tmp_path / 'd'},") == [two, one]
-
-
-def test_a_hidden_directory_named_by_the_user_is_read(tmp_path):
-    path = write(tmp_path / ".cache/a.txt", "x")
-    assert find_files(str(tmp_path / ".cache")) == [path]
-
-
-def test_a_directory_without_data_and_a_missing_path_are_errors(tmp_path):
-    write(tmp_path / "d/readme.md", "x")
-    with pytest.raises(FileNotFoundError, match="d: no data in this directory; expected files ending in .jsonl, .js"):
-        find_files(str(tmp_path / "d"))
-    with pytest.raises(FileNotFoundError, match="missing: no such file or directory"):
-        find_files(f"{tmp_path / 'd'}/../missing")
-
-
 # -- rows and the ledger ---------------------------------------------------------------------------------------------
 
 
 def test_bad_rows_stop_the_run_with_file_and_line(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": "first"}\n{"txet": 1}\n{"text": ""}\n{')
+    path = write(tmp_path / "a.jsonl", '{"text": "first"}\n{"txet": 1}\n[1]\n{')
     with pytest.raises(ValueError) as error:
         load_rows([path], accept_text, arguments(path))
     lines = str(error.value).split("\n")
     assert lines[0].startswith(f"{path}:2: no known format has the fields ['txet']; expected one of: ")
-    assert lines[1] == f"{path}:3: field 'text' is empty"
+    assert lines[1] == f"{path}:3: expected an object with named fields, got list"
     assert lines[2].startswith(f"{path}:4: broken JSON at column 2 (")
     assert lines[3:] == ["(mend the data, or go on without such rows: --on_bad_row skip)"]
 
 
 def test_a_single_bad_row_is_told_in_a_single_line(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": "first"}\n{"text": ""}\n')
+    path = write(tmp_path / "a.jsonl", '{"text": "first"}\n[1]\n')
     with pytest.raises(ValueError) as error:
         load_rows([path], accept_text, arguments(path))
     remedy = "(mend the data, or go on without such rows: --on_bad_row skip)"
-    assert str(error.value) == f"{path}:2: field 'text' is empty {remedy}"
+    assert str(error.value) == f"{path}:2: expected an object with named fields, got list {remedy}"
 
 
 def test_only_ten_bad_rows_are_named_and_the_others_counted(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": "first"}\n' + '{"text": ""}\n' * 1234)
+    path = write(tmp_path / "a.jsonl", '{"text": "first"}\n' + "[1]\n" * 1234)
     with pytest.raises(ValueError) as error:
         load_rows([path], accept_text, arguments(path))
     lines = str(error.value).split("\n")
@@ -240,8 +87,10 @@ def test_bad_rows_are_left_out_on_request_and_the_ledger_adds_up(tmp_path):
     path = write(tmp_path / "a.jsonl", "\n".join(lines))
     rows, ledger, rejected = load_rows([path], accept_conversation, arguments(path, on_bad_row="skip"))
     assert [row.origin for row in rows] == [f"{path}:{number}" for number in (1, 5, 6)]
-    assert (ledger.read, dict(ledger.dropped)) == (6, {"unreadable": 3})
+    assert (ledger.read, dict(ledger.dropped)) == (6, {"unreadable": 2, "empty dialogue": 1})
     assert dict(ledger.repaired) == {"turn after the last answer dropped": 1}
+    rejected.save(tmp_path / "rejected.jsonl")
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert [item["origin"] for item in rejected] == [f"{path}:{number}" for number in (2, 3, 4)]
     assert [item["row"] for item in rejected] == [None, {"text": "x"}, {"conversations": []}]
     assert (
@@ -255,14 +104,21 @@ def test_rows_left_out_are_written_beside_the_result(tmp_path):
         {"origin": "b", "reason": "", "row": None},
         {"origin": "c", "reason": "half a character", "row": {"text": "\ud83d"}},
     ]
-    write_rejected(rejected, tmp_path)
+    kept, more = Rejected(skip=True), Rejected(skip=True)
+    kept.add(*rejected[0].values())
+    for row in rejected[1:]:
+        more.add(*row.values())
+    kept.take(more)
+    kept.check()
+    kept.save(tmp_path / "rejected_rows.jsonl")
+    assert kept.count == 3
     lines = (tmp_path / "rejected_rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == rejected
 
 
 def test_a_file_of_bad_rows_only_is_an_error_even_when_they_are_skipped(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": ""}\n{"text": ""}\n')
-    with pytest.raises(ValueError, match="a.jsonl: none of the 2 rows could be read"):
+    path = write(tmp_path / "a.jsonl", '[1]\n{"text": ""}\n')
+    with pytest.raises(ValueError, match="a.jsonl: none of the 2 rows can be used .unreadable: 1, empty text: 1."):
         load_rows([path], accept_text, arguments(path, on_bad_row="skip"))
 
 
@@ -290,12 +146,13 @@ def test_every_row_is_used_or_dropped_whatever_the_files_hold(tmp_path):
         splits = load_splits(data_args, accept_text, seed=trial)
         total = 0
         for rows, ledger in ((splits.train, splits.train_ledger), (splits.validation, splits.validation_ledger)):
-            ledger.used = len(rows)
-            ledger.close()
-            assert rows and ledger.used + sum(ledger.dropped.values()) == ledger.read
+            rows.settle(ledger)
+            assert len(rows) == ledger.used and ledger.used + sum(ledger.dropped.values()) == ledger.read
             total += ledger.read
         assert total == written
-        assert len(splits.rejected) == splits.train_ledger.dropped["unreadable"] == bad
+        dropped = splits.train_ledger.dropped
+        assert splits.rejected.count == dropped["unreadable"] + dropped["empty text"] == bad
+        assert splits.rejected.num_stopping == dropped["unreadable"]
 
 
 def test_a_ledger_that_does_not_add_up_is_a_programming_error():
@@ -306,12 +163,14 @@ def test_a_ledger_that_does_not_add_up_is_a_programming_error():
 def test_the_ledger_survives_json_and_is_printed_as_a_table():
     ledger = Ledger(read=1234, used=1233, samples=1300, files=["a", "b", "c", "d", "e"])
     ledger.drop("unreadable")
-    ledger.drop("nothing", 0)
+    ledger.drop(NOT_DRAWN, 0)
+    with pytest.raises(AssertionError, match="none of ledger.REASONS"):
+        ledger.drop("a new reason", 0)
     ledger.tokens.update(used=50_000, trained=20_000)
     ledger.pairs.update({"from rankings": 6})
-    stored = json.loads(json.dumps(ledger_dict(ledger)))
+    stored = json.loads(json.dumps(ledger.to_dict()))
     assert stored["dropped"] == {"unreadable": 1}
-    assert ledger_from_dict(stored) == ledger
+    assert Ledger.from_dict(stored) == ledger
     lines = ledger.lines("training")
     assert lines[0] == "training data: a, b, c and 2 more"
     assert [line.split()[-1] for line in lines[1:4]] == ["1,234", "1,233", "1"]
@@ -324,17 +183,18 @@ def test_the_ledger_survives_json_and_is_printed_as_a_table():
 
 def numbered(count, same=1):
     """Rows of text; `same` rows in a row share their text."""
-    return [Row(Text(f"document {number // same}"), f"f:{number}") for number in range(count)]
+    return spooled([Row(Text(f"document {number // same}"), f"f:{number}") for number in range(count)])
 
 
 def test_a_seeded_share_is_held_out_in_file_order():
     rows = numbered(200)
     train, held_out = hold_out(rows, 0.05, seed=1)
     assert (len(train), len(held_out)) == (190, 10)
-    assert sorted(train + held_out, key=rows.index) == rows
-    assert held_out == sorted(held_out, key=rows.index) and train == sorted(train, key=rows.index)
-    assert hold_out(rows, 0.05, seed=1) == (train, held_out)
-    assert hold_out(rows, 0.05, seed=2)[1] != held_out
+    assert sorted([*train, *held_out], key=list(rows).index) == list(rows)
+    for part in (held_out, train):
+        assert list(part) == sorted(part, key=list(rows).index)
+    assert [list(part) for part in hold_out(rows, 0.05, seed=1)] == [list(train), list(held_out)]
+    assert list(hold_out(rows, 0.05, seed=2)[1]) != list(held_out)
 
 
 def test_equal_prompts_stay_on_one_side():
@@ -352,18 +212,21 @@ def test_at_least_one_row_is_held_out_and_one_prompt_is_left():
 
 def test_the_split_does_not_depend_on_where_the_rows_stand():
     rows = numbered(100)
-    assert set(texts(hold_out(rows, 0.1, seed=1)[1])) == set(texts(hold_out(rows[::-1], 0.1, seed=1)[1]))
+    turned = spooled(rows[::-1])
+    assert set(texts(hold_out(rows, 0.1, seed=1)[1])) == set(texts(hold_out(turned, 0.1, seed=1)[1]))
 
 
 def test_draw_takes_at_most_the_limit_keeps_the_order_and_counts_the_others():
-    rows, ledger = numbered(100), Ledger(read=100)
-    drawn = draw(rows, 30, seed=1, ledger=ledger)
-    assert len(set(texts(drawn))) == 30 and drawn == sorted(drawn, key=rows.index)
-    assert dict(ledger.dropped) == {"not drawn (--max_…_samples)": 70}
-    assert drawn == draw(rows, 30, seed=1, ledger=Ledger()) != draw(rows, 30, seed=2, ledger=Ledger())
-    untouched = Ledger()
-    assert draw(rows, None, 1, untouched) == draw(rows, 100, 1, untouched) == draw(rows, 101, 1, untouched) == rows
-    assert not untouched.dropped
+    rows = numbered(100)
+    drawn = texts(draw(rows, 30, seed=1))
+    assert len(set(drawn)) == 30 and drawn == sorted(drawn, key=texts(rows).index)
+    assert drawn == texts(draw(rows, 30, seed=1)) != texts(draw(rows, 30, seed=2))
+    rows = numbered(100)
+    ledger = draw(rows, 30, seed=1).settle(Ledger(read=100))
+    assert (ledger.used, dict(ledger.dropped)) == (30, {"not drawn (--max_…_samples)": 70})
+    rows = numbered(100)
+    for limit in (None, 100, 101):
+        assert draw(rows, limit, 1).settle(Ledger(read=100)).used == 100
 
 
 def test_held_out_data_of_its_own_is_used_whole(tmp_path):
@@ -388,6 +251,100 @@ def test_a_file_given_for_both_is_split_instead_of_measured_on_training_rows(tmp
     assert (len(splits.train), len(splits.validation)) == (36, 4)
     assert not set(texts(splits.train)) & set(texts(splits.validation))
     assert "share 1 file(s)" in caplog.text and "10% of the training rows are held out instead" in caplog.text
+
+
+# -- mixtures and duplicates -----------------------------------------------------------------------------------------
+
+
+def mixture(tmp_path, sizes, **options):
+    """Splits of a mixture of files that hold so many rows, of which none is held out."""
+    paths = [write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}: {i}"} for i in range(s)]) for n, s in sizes.items()]
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"text": "held"}])
+    names = ",".join(map(str, paths))
+    return load_splits(arguments(names, validation_file_dir=str(held_out), **options), accept_text, seed=1)
+
+
+def origins(rows):
+    return Counter(text.split(":")[0] for text in texts(rows))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "epoch", "expected"),
+    [
+        ({"a": 100, "b": 10}, "0.9,0.1", "first_exhausted", {"a": 90, "b": 10}),
+        ({"a": 100, "b": 10}, "9,1", "all_exhausted", {"a": 100, "b": 11}),
+        ({"a": 30, "b": 10}, "1,1", "first_exhausted", {"a": 10, "b": 10}),
+        ({"a": 30, "b": 10}, "1,1", "all_exhausted", {"a": 30, "b": 30}),
+        ({"a": 7, "b": 7, "c": 7}, "2,1,1", "first_exhausted", {"a": 7, "b": 4, "c": 4}),
+    ],
+)
+def test_an_epoch_of_a_mixture_has_the_shares_asked_for(tmp_path, sizes, weights, epoch, expected):
+    splits = mixture(tmp_path, sizes, mixing_weights=weights, mixing_epoch=epoch)
+    assert origins(splits.train) == expected
+    repeats = Counter(texts(splits.train))
+    for name, size in sizes.items():  # every row of a part stands in it as often as any other, or once more
+        counts = {repeats[f"{name}: {number}"] for number in range(size)}
+        assert max(counts) - min(counts) <= 1 and max(counts) == -(-expected[name] // size)
+    found = {Path(name).stem: (share["rows"], share["taken"]) for name, share in splits.train_ledger.shares.items()}
+    assert found == {name: (size, expected[name]) for name, size in sizes.items()}
+    assert sum(share["share"] for share in splits.train_ledger.shares.values()) == pytest.approx(1)
+    ledger = splits.train.settle(splits.train_ledger)
+    used = sum(min(size, expected[name]) for name, size in sizes.items())
+    left = sum(sizes.values()) - used
+    assert ledger.used == used
+    assert dict(ledger.dropped) == ({"not drawn (--mixing_weights)": left} if left else {})
+    assert any("of the mixture from" in line for line in ledger.lines("training"))
+
+
+def test_a_limit_cuts_every_part_of_a_mixture_alike(tmp_path):
+    splits = mixture(tmp_path, {"a": 100, "b": 100}, mixing_weights="0.75,0.25", max_train_samples=40)
+    assert origins(splits.train) == {"a": 30, "b": 10}
+
+
+@pytest.mark.parametrize("weights", ["0.5", "0.5,0.5,0.5", "1,0", "1,-1", "1,nan", "1,inf", "a,b", ""])
+def test_weights_that_fit_no_mixture_are_refused(tmp_path, weights):
+    with pytest.raises(ValueError, match="--mixing_weights .*: give one positive number for each of the 2 parts"):
+        mixture(tmp_path, {"a": 5, "b": 5}, mixing_weights=weights)
+
+
+def test_a_row_that_repeats_an_earlier_one_is_left_out_on_request(tmp_path):
+    rows = [{"text": "one"}, {"text": "two"}, {"text": " one\n"}, {"text": "One"}, {"text": "one"}]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    held_out = write_jsonl(tmp_path / "held.jsonl", [{"text": "held"}, {"text": "held"}])
+    for kind, kept in (("none", ["one", "two", " one\n", "One", "one"]), ("exact", ["one", "two", "One"])):
+        splits = load_splits(arguments(path, validation_file_dir=str(held_out), dedup=kind), accept_text, seed=1)
+        assert texts(splits.train) == kept
+        assert len(splits.validation) == (2 if kind == "none" else 1)
+        ledger = splits.train.settle(splits.train_ledger)
+        assert (ledger.read, ledger.used) == (5, len(kept))
+    assert dict(ledger.dropped) == {"exact duplicate (--dedup)": 2}
+
+
+def test_duplicates_left_out_are_no_part_of_what_is_held_out(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": f"t{number // 2}"} for number in range(40)])
+    splits = load_splits(arguments(path, dedup="exact", validation_split_percentage=25), accept_text, seed=1)
+    assert (len(splits.train), len(splits.validation)) == (15, 5)
+    train, held_out = (
+        rows.settle(ledger)
+        for rows, ledger in ((splits.train, splits.train_ledger), (splits.validation, splits.validation_ledger))
+    )
+    assert (train.read, train.used, dict(train.dropped)) == (35, 15, {"exact duplicate (--dedup)": 20})
+    assert (held_out.read, held_out.used, dict(held_out.dropped)) == (5, 5, {})
+
+
+def test_a_row_of_a_file_counts_as_used_if_anything_made_of_it_is():
+    """Two rows of a file became three records: 0 -> a, 0 and 1 -> b, 1 -> c."""
+    spool = Spool()
+    for text, sources in (("a", [0]), ("b", [0, 1]), ("c", [1])):
+        spool.append(Row(Text(text), "f"), 1, 0, sources, 1)
+    spool.flush()
+    rows = Rows(spool, np.arange(3))
+    assert rows.num_sources() == 2
+    rows.drop([0], NOT_DRAWN)
+    assert rows.settle(Ledger(read=2)).used == 2
+    rows.drop([1], UNREADABLE)
+    ledger = rows.settle(Ledger(read=2))
+    assert (ledger.used, dict(ledger.dropped)) == (1, {NOT_DRAWN: 1})
 
 
 # -- leakage ---------------------------------------------------------------------------------------------------------
@@ -442,7 +399,7 @@ def test_a_greeting_alone_does_not_identify_a_conversation():
 
 def test_seen_prompts_are_sorted_unique_and_read_back(tmp_path):
     rows = numbered(6, same=2)
-    hashes = prompt_hashes(rows)
+    hashes = np.unique(rows.column("prompts"))
     assert hashes.dtype == np.uint64 and hashes.tolist() == sorted({prompt_hash(row.record) for row in rows})
     assert len(hashes) == 3
     np.save(tmp_path / "seen_prompts.npy", hashes)
@@ -464,17 +421,36 @@ def test_each_stage_takes_its_kinds_and_refuses_the_others():
     for record in (pair, ranking):
         assert accept_conversation(record) == Conversation([*question, *good], [{}])
         assert accept_preference(record) is record
-    with pytest.raises(RowError, match="pretraining needs running text .* and this is a conversation"):
-        accept_text(asked("Q"))
+    assert accept_text(asked("Q", "R")) == Text("Q\n\nA\n\nR\n\nA")
+    assert accept_text(Question(question, "2", "1+1\n#### 2")) == Text("Q\n\n1+1\n#### 2")
+    assert accept_text(Question(question, "", "")) == Text("Q")
     with pytest.raises(RowError, match="fine-tuning needs a conversation"):
         accept_conversation(Text("x"))
     for record in (pair, ranking):
-        with pytest.raises(RowError, match=f"pretraining needs running text .* {type(record).__name__.lower()}$"):
-            accept_text(record)
+        assert accept_text(record) == Text("Q\n\ngood")
+    with pytest.raises(Unused, match="fine-tuning needs an answer"):
+        accept_conversation(Question(question, "", ""))
+    for accept in (accept_text, accept_conversation, accept_preference, accept_prompt):
+        with pytest.raises(RowError, match="message"):
+            accept(Message("m", None, "user", "Q"))
     for record in (Text("x"), asked("Q"), Question(question, "2", "2")):
         kind = type(record).__name__.lower()
         with pytest.raises(RowError, match=f"compares answers .*'chosen' and 'rejected'.* and this is a {kind}$"):
             accept_preference(record)
+
+
+def test_a_dialogue_without_an_answer_to_learn_is_left_out_and_still_a_prompt():
+    question, left = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", "train": False}
+    marked = Conversation([question, left])
+    for accept in (accept_text, accept_conversation):
+        with pytest.raises(Unused) as left_out:
+            accept(marked)
+        assert left_out.value.reason == "marked as not to be learnt"
+    assert accept_prompt(marked) == Prompt([question], "")
+    partly = Conversation([question, left, question, {"role": "assistant", "content": "B"}])
+    assert accept_conversation(partly) is partly
+    assert accept_text(partly) == Text("Q\n\nQ\n\nB")
+    assert accept_prompt(partly) == Prompt(partly.messages[:-1], "B")
 
 
 def test_of_a_ranking_the_first_of_the_best_answers_is_learnt_in_finetuning():
@@ -484,20 +460,14 @@ def test_of_a_ranking_the_first_of_the_best_answers_is_learnt_in_finetuning():
 
 # -- cache -----------------------------------------------------------------------------------------------------------
 
-COLUMNS = {
-    "train": {"input_ids": [[1, 2], [3]], "lengths": [[2], [1]]},
-    "validation": {"input_ids": [[4]], "lengths": [[1]]},
-}
-META = {"text": "发烧\u2028", "half": "\ud83d", "count": 3}
-
 
 @pytest.fixture
 def single_process(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
-def plain(splits):
-    return {name: split.to_dict() for name, split in splits.items()}
+def build_by(name):
+    return lambda directory: (directory / "by").write_text(name)
 
 
 def test_the_cache_key_follows_content_and_settings(tmp_path):
@@ -512,52 +482,51 @@ def test_the_cache_key_follows_content_and_settings(tmp_path):
 def test_tokenised_data_is_built_once_and_read_back_equal(tmp_path, single_process):
     built = []
 
-    def build():
+    def build(directory):
         built.append(1)
-        return COLUMNS, META
+        build_by("this run")(directory)
 
     first, second = (cached("key", str(tmp_path), build) for _ in range(2))
-    assert len(built) == 1
-    for splits, meta in (first, second):
-        assert plain(splits) == COLUMNS
-        assert meta == META
+    assert len(built) == 1 and first == second == tmp_path / "key"
+    assert (first / "by").read_text() == "this run"
     cached("other", str(tmp_path), build)
     assert len(built) == 2
     assert sorted(os.listdir(tmp_path)) == ["key", "other"], "a temporary directory is left"
 
 
 def test_a_build_that_fails_leaves_nothing_that_could_be_taken_for_data(tmp_path, single_process):
-    def fail():
+    def fail(directory):
+        build_by("half")(directory)
         raise ValueError("bad row")
 
     with pytest.raises(ValueError, match="bad row"):
-        cached("key", str(tmp_path), fail)
-    assert cached("key", str(tmp_path), lambda: (COLUMNS, META))[1] == META
+        cached("key", str(tmp_path / "cache"), fail)
+    assert not os.listdir(tmp_path)
+    assert (cached("key", str(tmp_path / "cache"), build_by("whole")) / "by").read_text() == "whole"
 
 
 def test_of_two_runs_that_build_at_once_the_slower_takes_what_the_faster_wrote(tmp_path, single_process):
-    cached("key", str(tmp_path / "faster"), lambda: (COLUMNS, {**META, "by": "faster"}))
+    cached("key", str(tmp_path / "faster"), build_by("faster"))
 
-    def build():  # while this one is at work, the other finishes
+    def build(directory):  # while this one is at work, the other finishes
         shutil.copytree(tmp_path / "faster/key", tmp_path / "slower/key")
-        return COLUMNS, {**META, "by": "slower"}
+        build_by("slower")(directory)
 
-    splits, meta = cached("key", str(tmp_path / "slower"), build)
-    assert plain(splits) == COLUMNS and meta["by"] == "faster"
+    assert (cached("key", str(tmp_path / "slower"), build) / "by").read_text() == "faster"
     assert os.listdir(tmp_path / "slower") == ["key"]
 
 
 def test_other_ranks_wait_for_the_first_and_never_build(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "0")
-    cached("key", str(tmp_path / "first"), lambda: (COLUMNS, META))
+    cached("key", str(tmp_path / "first"), build_by("first"))
     monkeypatch.setenv("LOCAL_RANK", "1")
 
-    def never():
+    def never(directory):
         raise AssertionError("rank 1 built")
 
     (tmp_path / "shared").mkdir()
     timer = threading.Timer(0.5, lambda: (tmp_path / "first/key").rename(tmp_path / "shared/key"))
     timer.start()
-    splits, meta = cached("key", str(tmp_path / "shared"), never)
+    found = cached("key", str(tmp_path / "shared"), never)
     timer.join()
-    assert plain(splits) == COLUMNS and meta == META
+    assert (found / "by").read_text() == "first"

@@ -25,7 +25,7 @@ from test_shipped_data import (
 from test_shipped_data import load as load_records
 
 from stagekit.data import prompt_hash
-from stagekit.formats import Preference, Text
+from stagekit.records import Preference, Text
 
 SUBJECTS = {
     "zh": {"内科", "药理学", "解剖与生理", "急救", "儿科", "妇产科", "公共卫生", "检验与检查"},

@@ -12,10 +12,10 @@ from conftest import build_model, build_tokenizer
 
 from stagekit import generation
 from stagekit.checkpoint import base_fingerprint, relative, write_stage
-from stagekit.formats import Conversation
 from stagekit.generation import GrowingText, PrefixCache, generate_batch, stream
 from stagekit.modeling import generation_settings
 from stagekit.prompts import fit_history
+from stagekit.records import Conversation
 from stagekit.tokenization import encode_conversation, encode_prompt
 
 torch.set_num_threads(1)

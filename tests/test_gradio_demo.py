@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -397,9 +398,9 @@ def test_an_error_of_the_model_is_one_line_and_the_question_can_be_retried(sft, 
 def test_what_the_template_refuses_is_said_in_its_words(tmp_path, monkeypatch):
     script = Scripted(monkeypatch)
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    loaded = load(build_model(tmp_path / "model"))
-    loaded.chat.tokenizer.chat_template = template + loaded.chat.tokenizer.chat_template
-    session = Session([loaded], "Be brief.")
+    path = Path(build_model(tmp_path / "model"), "chat_template.jinja")
+    path.write_text(template + path.read_text(encoding="utf-8"), encoding="utf-8")
+    session = Session([load(path.parent)], "Be brief.")
     session.ask("one")
     assert not script.asked and "no system here" in session.notices[0]
 

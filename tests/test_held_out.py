@@ -6,11 +6,11 @@ import pytest
 from conftest import ROOT, build_tokenizer, log_of, run_script, stage_of, write_jsonl
 
 import eval_metrics
-from stagekit.data import Row
-from stagekit.formats import Conversation, Preference
 from stagekit.generation import choose_settings, find_source, generate_batch, load_chat, load_for_generation
 from stagekit.held_out import choose_questions
+from stagekit.records import Conversation, Preference
 from stagekit.rewards import is_checkable
+from stagekit.rows import Row
 from stagekit.tokenization import encode_prompt, prepare_chat
 
 ANSWERS = ("多休息，多喝水。", "Rest and drink water.", "看医生。", "It is a raised temperature.")

@@ -8,8 +8,8 @@ from conftest import build_model
 from test_generation import COLD, FEVER, outputs, said  # noqa: F401 (one is a fixture)
 
 from stagekit import generation, likelihood
-from stagekit.formats import Conversation
 from stagekit.likelihood import candidate_ids, score_candidates, text_windows
+from stagekit.records import Conversation
 from stagekit.tokenization import encode_conversation, encode_prompt
 
 torch.set_num_threads(1)

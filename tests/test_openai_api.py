@@ -787,6 +787,29 @@ def test_what_is_no_call_is_text(sft, text, finish, tools):
         assert "".join(pieces) == text and finishes == [finish]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "dose", "parameters": {"kg": 20}}',  # Llama 3.1
+        ' [{"name": "dose", "arguments": {"kg": 20}, "id": "call00001"}]',  # Mistral
+        '<tool_call>\n{"name": "dose", "arguments": {"kg": 20}}\n</tool_call>',
+    ],
+)
+def test_calls_are_read_in_the_forms_templates_write_them(text):
+    form = openai_format.Chat("m", [TOOL])
+    assert form.show(text[:30], None)[0] == ""  # nothing of it is sent before it is whole
+    shown, calls = form.show(text, "stop")
+    assert shown == "" and [call["function"] for call in calls] == [{"name": "dose", "arguments": '{"kg": 20}'}]
+
+
+@pytest.mark.parametrize(
+    "text", ['{"name": "other", "parameters": {}}', '{"dose": 1}', "[1, 2]", "[]", '"x"', "{", "7"]
+)
+def test_json_that_calls_nothing_is_text(text):
+    assert openai_format.Chat("m", [TOOL]).show(text, "stop") == (text, None)
+    assert openai_format.Chat("m", None).show('{"name": "dose", "parameters": {}}', "stop")[1] is None
+
+
 def test_tools_are_hidden_where_none_may_be_called_and_refused_where_the_template_has_no_place(sft):
     engine = Scripted(sft, "yes")
     with serve(sft, engine) as place:

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stagekit.pair_metrics import by_length, calibration, correlation, draw_scores, pair_accuracy, wilson_interval
+from stagekit.pair_metrics import (
+    by_length,
+    calibration,
+    correlation,
+    draw_scores,
+    mean_interval,
+    pair_accuracy,
+    wilson_interval,
+)
 
 
 def array(*values):
@@ -184,3 +192,13 @@ def test_scores_that_are_all_the_same_can_be_drawn(tmp_path):
     draw_scores(same, same, array(7, 7, 7), array(7, 7, 7), bins, str(tmp_path / "scores.png"), "Scores")
     with Image.open(tmp_path / "scores.png") as image:
         assert min(coloured(image)) > 20
+
+
+# -- means -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_mean_is_two_standard_errors_wide_to_either_side():
+    values = array(2, 4, 4, 6)  # mean 4, squared deviations 8 / 3 in the mean of three
+    half = 1.959964 * math.sqrt(8 / 3) / 2
+    assert mean_interval(values) == pytest.approx((4, 4 - half, 4 + half))
+    assert mean_interval(array(7)) == (7, None, None)

@@ -4,21 +4,14 @@ import random
 
 import pytest
 import torch
-from conftest import build_tokenizer
+from conftest import build_tokenizer, encoded
 from test_tokenization import BMI, DROPS_THOUGHTS, FAMILIES, NO_MARKS, THINKS, calls, chat_of, said, talk, text_of
 
 from stagekit.checks import loss_mask, template_parity
-from stagekit.data import Ledger, Row
-from stagekit.formats import Preference, Ranking
-from stagekit.pairs import (
-    IDENTICAL,
-    TOO_LONG,
-    PairCollator,
-    encode_answers,
-    encode_preference,
-    padding_id,
-    tokenize_pairs,
-)
+from stagekit.ledger import ANSWER_TOO_LONG, IDENTICAL, Ledger
+from stagekit.pairs import PairCollator, encode_answers, encode_pairs, encode_preference, padding_id
+from stagekit.records import Preference, Ranking
+from stagekit.rows import Row
 from stagekit.tokenization import IGNORE_INDEX, answer_runs, encode_prompt, prepare_chat
 
 QUESTION = "What is a fever?"
@@ -241,8 +234,8 @@ def test_an_answer_that_fits_to_the_token_is_whole_and_one_token_less_is_not(cha
     for whole_answers in (True, False):
         assert_is(only_pair(chat, record, exact, whole_answers).chosen, shown, long)
     assert_is(only_pair(chat, record, exact - 1, False).chosen, shown, long[:-1], truncated=True)
-    assert encode_preference(chat, record, exact - 1, True) == ([], {TOO_LONG: 1})
-    assert TOO_LONG == "answer does not fit the length limit"
+    assert encode_preference(chat, record, exact - 1, True) == ([], {ANSWER_TOO_LONG: 1})
+    assert ANSWER_TOO_LONG == "answer does not fit the length limit"
 
 
 def test_lengths_are_counted_in_tokens_and_not_in_characters(chat):
@@ -251,7 +244,7 @@ def test_lengths_are_counted_in_tokens_and_not_in_characters(chat):
     assert len(many_tokens) < 100 < 120 < len(ids_of(chat, many_tokens))
     pair = only_pair(chat, preference(many_characters, "Drink."), 120)
     assert not pair.shortened and learnt(chat, pair.chosen) == [many_characters + "<|im_end|>"]
-    assert encode_preference(chat, preference("Drink.", many_tokens), 120, True) == ([], {TOO_LONG: 1})
+    assert encode_preference(chat, preference("Drink.", many_tokens), 120, True) == ([], {ANSWER_TOO_LONG: 1})
 
 
 def test_several_answers_all_see_the_same_part_of_the_prompt(chat):
@@ -316,7 +309,7 @@ def test_identical_answers_are_left_out(chat, whole_answers):
 def test_answers_that_differ_only_behind_the_cut_are_left_out(chat):
     record = preference("Rest. " * 60 + "Now.", "Rest. " * 60 + "Later.")
     assert encode_preference(chat, record, 100, False) == ([], {IDENTICAL: 1})
-    assert encode_preference(chat, record, 100, True) == ([], {TOO_LONG: 1})
+    assert encode_preference(chat, record, 100, True) == ([], {ANSWER_TOO_LONG: 1})
     only_pair(chat, record, 400, True)
 
 
@@ -356,7 +349,7 @@ def test_the_pairs_left_of_a_ranking_share_its_weight(chat):
     pairs, left_out = encode_preference(chat, ranking(["a", "b", long, "a"], [0, 1, 2, 3]), 100, True)
     assert texts_of(chat, pairs) == [("a", "b"), ("b", "a")]
     assert [pair.weight for pair in pairs] == [0.5, 0.5]
-    assert left_out == {TOO_LONG: 3, IDENTICAL: 1}
+    assert left_out == {ANSWER_TOO_LONG: 3, IDENTICAL: 1}
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------
@@ -369,7 +362,7 @@ def tokenized(chat, records, max_length=200, whole_answers=True, ledger=None, nu
     def encode(record):
         return encode_preference(chat, record, max_length, whole_answers)
 
-    return *tokenize_pairs(rows, ledger, encode, num_workers, "pairs"), ledger
+    return encoded(rows, lambda chunk: encode_pairs(chunk, encode), ledger, num_workers)
 
 
 def test_the_ledger_of_pairs_adds_up(chat):
@@ -386,10 +379,10 @@ def test_the_ledger_of_pairs_adds_up(chat):
     ]
     columns, probes, ledger = tokenized(chat, records, 100, True, ledger)
     assert (ledger.read, ledger.used) == (7, 3)
-    assert ledger.dropped == {"unreadable": 1, IDENTICAL: 1, TOO_LONG: 2}
+    assert ledger.dropped == {"unreadable": 1, IDENTICAL: 1, ANSWER_TOO_LONG: 2}
     assert ledger.pairs == {
         "from rankings": 3,
-        f"of rankings left out: {TOO_LONG}": 3,
+        f"of rankings left out: {ANSWER_TOO_LONG}": 3,
         "whose prompt lost its beginning": 1,
     }
     assert (ledger.samples, ledger.truncated) == (5, 0)
@@ -435,7 +428,7 @@ def test_where_no_pair_is_left_the_error_names_the_file_and_the_reasons(chat):
     with pytest.raises(ValueError) as error:
         tokenized(chat, records, 100)
     assert str(error.value) == (
-        "pairs.jsonl: no pair is left to learn from (identical answers: 1, answer does not fit the length limit: 2)"
+        "pairs.jsonl: nothing is left to learn from (identical answers: 1, answer does not fit the length limit: 2)"
     )
 
 

@@ -240,8 +240,8 @@ def test_every_kind_of_record_is_read_as_text(tmp_path):
         {"prompt": "q3", "chosen": "good", "rejected": "bad"},
     ]
     path = write_jsonl(tmp_path / "texts.jsonl", rows)
-    assert read_texts(str(path), 9) == ["A document.", "q\na", "q2\na2", "q3\ngood"]
-    assert read_texts(str(path), 2) == ["A document.", "q\na"]
+    assert read_texts(str(path), 9) == ["A document.", "q\n\na", "q2\n\na2", "q3\n\ngood"]
+    assert read_texts(str(path), 2) == ["A document.", "q\n\na"]
     write_jsonl(path, [rows[0], {"nothing": 1}])
     with pytest.raises(ValueError, match=f"^{path}:2: "):
         read_texts(str(path), 9)

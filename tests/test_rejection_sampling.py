@@ -21,8 +21,10 @@ from test_reward_modeling import pairs, train
 
 import rejection_sampling
 from stagekit import checkpoint, generation, rewards, scoring
+from stagekit.arguments import DataArguments
 from stagekit.data import accept_conversation, accept_preference, load_rows
-from stagekit.formats import Conversation, Preference, RowError, to_canonical
+from stagekit.formats import to_canonical
+from stagekit.records import Conversation, Preference, RowError
 
 torch.set_num_threads(1)
 REST = TAUGHT[0][-1]["content"]
@@ -285,7 +287,7 @@ def test_a_function_is_shown_the_last_question_and_the_reference(chain, tmp_path
 
 
 def data_args(**more):
-    return SimpleNamespace(data_format="auto", txt_documents="blank_line", on_bad_row="stop", **more)
+    return DataArguments(train_file_dir="unused", **more)
 
 
 def test_fine_tuning_reads_the_best_answers_as_they_stand(done):

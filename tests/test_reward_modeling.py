@@ -790,7 +790,6 @@ BAD_ROWS = {
         "this stage compares answers (fields 'chosen' and 'rejected', or ranked 'answers'), and this is a conv",
     ),
     "running text": ({"text": "words"}, "this stage compares answers"),
-    "an empty answer": ({"question": "q?", "chosen": "Rest.", "rejected": ""}, "field 'rejected' is empty"),
     "a margin in words": (
         {"question": "q?", "chosen": "Rest.", "rejected": "No.", "margin": "much"},
         "field 'margin' must be a number, got 'much'",
@@ -817,7 +816,7 @@ def test_data_of_which_no_pair_is_left_is_refused(data, tiny_qwen3, tmp_path, ca
     path = write_jsonl(tmp_path / "train" / "a.jsonl", [{"question": "q?", "chosen": "Rest.", "rejected": "Rest."}])
     shutil.copy(data / "held_out.jsonl", tmp_path / "held_out.jsonl")
     line = refusal(capsys, tmp_path, tiny_qwen3, tmp_path / "rm")
-    assert line == f"{path}: no pair is left to learn from (identical answers: 1)"
+    assert line == f"{path}: nothing is left to learn from (identical answers: 1)"
 
 
 @pytest.mark.parametrize("stage", ["supervised_finetuning", "dpo_training"])

@@ -278,7 +278,7 @@ BROKEN = {
     "unknown fields": ({"a": 1}, "no known format has the fields ['a']"),
     "broken JSON": ('{"question": ', "broken JSON at column"),
     "an empty answer": ({"question": "q?", "chosen": "", "rejected": "Rest."}, "field 'chosen' is empty"),
-    # fail until read_answers puts the messages of a prediction through formats.read_messages and check_turns
+    # fail until read_answers puts the messages of a prediction through dialogues.read_messages and check_turns
     "a prediction without messages": ({"messages": [], "prediction": "Rest."}, ""),
     "a prediction without a question": ({"messages": [says("Hello.")], "prediction": "Rest."}, ""),
     "a prediction with broken messages": ({"messages": ["q?"], "prediction": "Rest."}, ""),

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from stagekit.data import find_files, prompt_hash, read_records
-from stagekit.formats import Conversation, Preference, Question, Ranking, RowError, Text, to_canonical
+from stagekit.data import prompt_hash
+from stagekit.files import find_files, read_records
+from stagekit.formats import to_canonical
+from stagekit.records import Conversation, Preference, Question, Ranking, RowError, Text
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FOLDERS = ("pretrain", "finetune", "reward", "eval")

@@ -211,3 +211,18 @@ def test_processes_that_do_not_share_gradients_are_stopped(data, tiny_qwen3, tmp
 
 def test_paths_of_the_repository_are_not_needed(one_process):
     assert not any(Path(name).is_absolute() and "stagekit" in name for name in stage_of(one_process)["files"])
+
+
+def test_data_that_take_long_to_prepare_outlast_no_collective(data, tiny_qwen3, tmp_path):
+    """The second process waits for the first one's files longer than any collective would."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pathlib, time\n"
+        "rename = pathlib.Path.rename\n"
+        "def slow(self, target):\n"
+        "    time.sleep(8 if pathlib.Path(target).parent.name == 'slow_cache' else 0)\n"
+        "    return rename(self, target)\n"
+        "pathlib.Path.rename = slow\n"
+    )
+    flags = ("--data_cache_dir", tmp_path / "slow_cache", "--ddp_timeout", "5", "--max_steps", "1")
+    finetune(data, tiny_qwen3, tmp_path / "sft", *flags, processes=2, env={"PYTHONPATH": str(tmp_path)})
+    assert stage_of(tmp_path / "sft")["data"]["train"]["used"] == 40

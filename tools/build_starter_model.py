@@ -39,8 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def corpus(data_dir: Path):
     """Yield the texts the tokenizer learns from: documents, and what the conversations say."""
-    from stagekit.data import find_files, read_records
-    from stagekit.formats import Conversation, Text, to_canonical
+    from stagekit.files import find_files, read_records
+    from stagekit.formats import to_canonical
+    from stagekit.records import Conversation, Text
 
     for folder in ("pretrain", "finetune"):
         for path in find_files(str(data_dir / folder)):

@@ -19,7 +19,6 @@ import logging
 import math
 import os
 import time
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -284,12 +283,10 @@ def round_weights(model, dtype) -> tuple[dict[str, int], set[str]]:
 
 def parameter_checksums(model, dtype) -> dict[str, int]:
     """{name: CRC-32 of its bytes} of all parameters, shared ones under each of their names."""
-    import torch
+    from stagekit.export import tensor_checksums
 
-    def checksum(tensor):
-        return zlib.crc32(tensor.detach().to(dtype).cpu().flatten().view(torch.uint8).numpy())
-
-    return {name: checksum(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return tensor_checksums((name, parameter.detach().to(dtype)) for name, parameter in parameters)
 
 
 def save(model, directory, source, plan, tokenizer, chat, max_shard_size) -> None:

@@ -152,8 +152,10 @@ def read_texts(path: str, limit: int) -> list[str]:
     Raises:
         FileNotFoundError, ValueError: it is not there, or holds something else; named by file and line.
     """
-    from stagekit.data import find_files, read_records
-    from stagekit.formats import RowError, to_canonical
+    from stagekit.data import accept_text
+    from stagekit.files import find_files, read_records
+    from stagekit.formats import to_canonical
+    from stagekit.records import RowError
 
     texts = []
     for file in find_files(path):
@@ -163,25 +165,10 @@ def read_texts(path: str, limit: int) -> list[str]:
             try:
                 if isinstance(record, RowError):
                     raise record
-                texts.append(text_of(to_canonical(record)[0]))
+                texts.append(accept_text(to_canonical(record)[0]).text)
             except RowError as error:
                 raise ValueError(f"{file}:{line}: {error}") from None
     return texts
-
-
-def text_of(canonical) -> str:
-    """What a record says, one message behind the other."""
-    from stagekit.formats import Conversation, Preference, Question, Ranking, Text
-
-    if isinstance(canonical, Text):
-        return canonical.text
-    if isinstance(canonical, Ranking):
-        canonical = canonical.pairs()[0]
-    if isinstance(canonical, Question):
-        return "\n".join([*(message["content"] for message in canonical.prompt), canonical.solution])
-    assert isinstance(canonical, Conversation | Preference)
-    messages = canonical.messages if isinstance(canonical, Conversation) else [*canonical.prompt, *canonical.chosen]
-    return "\n".join(message["content"] for message in messages)
 
 
 def perplexity_of(source, config, tokenizer, texts, context_length, device, title, directory=None, **options):

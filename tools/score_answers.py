@@ -34,7 +34,8 @@ def parse_command_line(argv):
 
 def answers_of(record, data_format):
     """What a record asks to be scored: (kind of result, prompt, answers, tools)."""
-    from stagekit.formats import Conversation, Preference, Question, Ranking, RowError, to_canonical
+    from stagekit.formats import to_canonical
+    from stagekit.records import Conversation, Preference, Question, Ranking, RowError, Text
 
     if isinstance(record, dict) and "prediction" in record and isinstance(record.get("messages"), list):
         if not isinstance(record["prediction"], str):
@@ -51,18 +52,21 @@ def answers_of(record, data_format):
     if isinstance(canonical, Conversation):
         return "score", canonical.messages[:-1], [canonical.messages[-1:]], canonical.tools
     if isinstance(canonical, Question):
+        if not canonical.solution:
+            raise RowError("this is a question alone, and only answers can be scored")
         return "score", canonical.prompt, [[{"role": "assistant", "content": canonical.solution}]], None
     if isinstance(canonical, Preference):
         return "pair", canonical.prompt, [canonical.chosen, canonical.rejected], canonical.tools
     if isinstance(canonical, Ranking):
         return "ranking", canonical.prompt, canonical.answers, canonical.tools
-    raise RowError("this is running text, and only answers can be scored")
+    kind = "running text" if isinstance(canonical, Text) else f"a {type(canonical).__name__.lower()}"
+    raise RowError(f"this is {kind}, and only answers can be scored")
 
 
 def read_answers(data_file, data_format):
     """[(record, kind, (prompt, answers, tools))] of all records; a broken one ends the program with file and line."""
-    from stagekit.data import find_files, read_records
-    from stagekit.formats import RowError
+    from stagekit.files import find_files, read_records
+    from stagekit.records import RowError
 
     rows = []
     for path in find_files(data_file):
