@@ -430,8 +430,8 @@ def write_answers(benchmarks: list, found: dict[str, dict], source, output_dir: 
     """Judge everything, write FILE.jsonl for every benchmark, and return the tasks of results.json."""
     from stagekit.benchmarks import is_seen
     from stagekit.checkpoint import file_sha256
-    from stagekit.data import SEEN_PROMPTS, load_seen_prompts
     from stagekit.journal import write_lines
+    from stagekit.seen_prompts import SEEN_PROMPTS, load_seen_prompts
     from stagekit.verdicts import judge
 
     seen, tasks = load_seen_prompts(source.directory), {}

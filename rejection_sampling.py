@@ -206,10 +206,11 @@ def read_prompts(args: argparse.Namespace, chat) -> tuple:
     from tqdm import tqdm
 
     from stagekit.arguments import DataArguments
-    from stagekit.data import draw, load_rows
+    from stagekit.data import draw
     from stagekit.files import find_files
     from stagekit.ledger import PROMPT_TOO_LONG
     from stagekit.prompts import accept_prompt, fit_prompt
+    from stagekit.reading import load_rows
     from stagekit.records import RowError
 
     def with_system(prompt):

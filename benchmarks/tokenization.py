@@ -90,10 +90,11 @@ def measure(args) -> None:
 
 
 def measure_own(args, tokenizer, work):
-    """data.load_rows and encoding.write_dataset, as supervised_finetuning.py calls them."""
+    """reading.load_rows and encoding.write_dataset, as supervised_finetuning.py calls them."""
     from stagekit.arguments import DataArguments
-    from stagekit.data import accept_conversation, load_rows
+    from stagekit.data import accept_conversation
     from stagekit.encoding import encode_samples, write_dataset
+    from stagekit.reading import load_rows
     from stagekit.tokenization import encode_conversation, prepare_chat
 
     start = time.perf_counter()
@@ -103,7 +104,8 @@ def measure_own(args, tokenizer, work):
         return encode_conversation(chat, record, args.max_length)
 
     rows, ledger, rejected = load_rows(
-        [Path(args.data_file)], accept_conversation, DataArguments(train_file_dir=args.data_file)
+        *([Path(args.data_file)], accept_conversation),
+        DataArguments(train_file_dir=args.data_file, preprocessing_num_workers=args.num_processes),
     )
     write_dataset(
         *(rows, ledger, lambda chunk: encode_samples(chunk, encode, args.max_length, packing=False)),

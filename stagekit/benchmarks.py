@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from stagekit.choices import first_option, is_choice, question_text, to_choice
-from stagekit.data import draw_positions, prompt_hash
+from stagekit.data import draw_positions
 from stagekit.files import file_name, file_type, find_files, read_records
 from stagekit.formats import to_canonical
 from stagekit.prompts import Prompt, accept_prompt
 from stagekit.records import Choice, Preference, Ranking, RowError, Text
+from stagekit.seen_prompts import prompt_hash
 
 TASKS = {
     "choice": "questions with options and a key",
@@ -46,7 +47,7 @@ class Item:
         group: the subject or kind it is counted under as well, or None.
         messages: what the model is asked; none for pairs and text.
         tools: offered to the model.
-        hashes: of the texts under which training may have seen it (data.prompt_hash).
+        hashes: of the texts under which training may have seen it (seen_prompts.prompt_hash).
     """
 
     record: Choice | Preference | Ranking | Text | Safety | Prompt
@@ -257,5 +258,5 @@ def _are_phrases(value):
 
 
 def is_seen(item: Item, seen: np.ndarray) -> bool:
-    """Whether training saw this prompt; `seen` is what data.load_seen_prompts returned."""
+    """Whether training saw this prompt; `seen` is what seen_prompts.load_seen_prompts returned."""
     return bool(np.isin(np.array(item.hashes, dtype=np.uint64), seen).any())

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from stagekit.data import load_seen_prompts
 from stagekit.encoding import Probe
+from stagekit.seen_prompts import load_seen_prompts
 from stagekit.tokenization import IGNORE_INDEX, Chat, answer_runs, encode_prompt, histories
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ class Evaluations:
     Attributes:
         origins: "file:line" of each row.
         files: their files.
-        prompts: rows by the hash of their prompt (data.prompt_hash).
+        prompts: rows by the hash of their prompt (seen_prompts.prompt_hash).
         texts: for each text of a row, (the row, how many runs it has).
         runs: for each run of RUN units, the texts it stands in; PHRASE + 1 of them at most.
         rejected: rows that could not be read: {"origin", "reason"}.

@@ -1,4 +1,4 @@
-"""From files on disk to training and held-out rows, with an account of every row: the ledger."""
+"""What a stage trains on and what it is measured on: rows found, held out, mixed and drawn, each accounted for."""
 
 import contextlib
 import hashlib
@@ -6,23 +6,19 @@ import json
 import logging
 import os
 import random
-import re
 import shutil
 import time
-import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from stagekit.choices import answer_text, first_option, needs_first_option, options_text, question_text
-from stagekit.files import find_files, read_records
-from stagekit.formats import adapter_named, parse_columns, to_canonical
+from stagekit.choices import answer_text, options_text, question_text
+from stagekit.files import find_files
 from stagekit.hub import fetch_dataset
-from stagekit.ledger import DUPLICATES, NOT_DRAWN, NOT_MIXED, UNREADABLE, Ledger, Rejected
+from stagekit.ledger import DUPLICATES, NOT_DRAWN, NOT_MIXED, Ledger, Rejected
+from stagekit.reading import load_rows
 from stagekit.records import (
-    NO_PARENT,
     Canonical,
     Choice,
     Conversation,
@@ -36,12 +32,10 @@ from stagekit.records import (
     Tree,
     Unused,
 )
-from stagekit.rows import Row, Rows, Spool
-from stagekit.trees import grow_trees
+from stagekit.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-SEEN_PROMPTS = "seen_prompts.npy"  # 64-bit hashes of the prompts a stage and its ancestors trained on
 REJECTED_ROWS = "rejected_rows.jsonl"
 
 
@@ -66,93 +60,7 @@ class Splits:
     rejected: Rejected
 
 
-# -- rows ------------------------------------------------------------------------------------------------------------
-
-
-def load_rows(files: list[Path], accept, data_args, parts: list[int] | None = None) -> tuple[Rows, Ledger, Rejected]:
-    """Read every record of the files into rows.
-
-    Args:
-        files: what find_files returned.
-        accept: function from a canonical record to the one the stage trains on, or a list of such; raises RowError for
-            a kind it cannot take.
-        data_args: DataArguments; on_bad_row may also be "report": like skip, and no row at all is no error.
-        parts: for each file the number of the part of a mixture it belongs to.
-
-    Returns:
-        (rows, ledger, rejected): ledger.used is filled in later, when it is known what fits.
-
-    Raises:
-        ValueError: a file or a row that cannot be read (under --on_bad_row stop: the first ten are named).
-    """
-    if data_args.data_format != "auto":
-        adapter_named(data_args.data_format)
-    reading = _Reading(accept, data_args, Ledger(files=[str(path) for path in files]))
-    with tqdm(desc="reading", unit="row", delay=2, mininterval=0.5) as progress:
-        for path, part in zip(files, parts or [0] * len(files), strict=True):
-            reading.read(path, part, progress)
-    spool, ledger, rejected = reading.spool, reading.ledger, reading.rejected
-    spool.flush()
-    rejected.check()
-    if not len(spool) and data_args.on_bad_row != "report":
-        reasons = ", ".join(f"{reason}: {count:,}" for reason, count in ledger.dropped.items())
-        raise ValueError(f"{ledger.files[0]}: none of the {ledger.read:,} rows can be used ({reasons})")
-    return Rows(spool, np.arange(len(spool))), ledger, rejected
-
-
-class _Reading:
-    """What load_rows has read so far."""
-
-    def __init__(self, accept, data_args, ledger):
-        self.accept, self.data_args, self.ledger = accept, data_args, ledger
-        self.columns = parse_columns(data_args.columns)
-        self.spool = Spool(data_args.data_cache_dir)
-        self.rejected = Rejected(data_args.on_bad_row != "stop")
-
-    def read(self, path, part, progress):
-        """Read one file; rows that are messages of trees are linked at its end."""
-        first, messages = self.data_args.first_option, []
-        for record, line in read_records(path, self.data_args.txt_documents):
-            source, origin = self.ledger.read, f"{path}:{line}"
-            progress.update()
-            self.ledger.read += 1
-            try:
-                if isinstance(record, RowError):
-                    raise record
-                if first is None and needs_first_option(record):
-                    first = first_option(record for record, _ in read_records(path))
-                canonical, repairs = to_canonical(record, self.data_args.data_format, self.columns, first)
-                if isinstance(canonical, Message):
-                    messages.append((canonical, source, origin))
-                else:
-                    self.add(canonical, origin, part, [source])
-                self.ledger.repaired.update(repairs.counts)
-            except RowError as error:
-                self.leave_out(error, origin, None if isinstance(record, RowError) else record)
-        places = {id(message): (source, origin) for message, source, origin in messages}
-        trees, left_over = grow_trees(message for message, _, _ in messages)
-        for tree, members in trees:
-            try:
-                self.add(tree, places[id(members[0])][1], part, [places[id(message)][0] for message in members])
-            except RowError as error:
-                for message in members:
-                    self.leave_out(error, places[id(message)][1], vars(message))
-        for message in left_over:
-            self.leave_out(Unused(NO_PARENT), places[id(message)][1], vars(message))
-
-    def add(self, canonical, origin, part, sources):
-        """Append what rows of the file became; all of it stays on one side when data is held out."""
-        accepted = self.accept(canonical)
-        records = accepted if isinstance(accepted, list) else [accepted]
-        group = prompt_hash(records[0])
-        for record in records:
-            self.spool.append(Row(record, origin), prompt_hash(record), part, sources, group)
-
-    def leave_out(self, error, origin, row):
-        """Count and keep a row that is not used; only those that cannot be read may stop the run."""
-        unused = isinstance(error, Unused)
-        self.ledger.drop(error.reason if unused else UNREADABLE)
-        self.rejected.add(origin, str(error), row, stops=not unused)
+# -- splits -----------------------------------------------------------------------------------------------------------
 
 
 def load_splits(data_args, accept, seed: int, sources: Sources | None = None) -> Splits:
@@ -326,37 +234,6 @@ def drop_duplicates(rows: Rows, kind: str) -> Rows:
 
     repeats = find_repeats(("\n".join(texts_of(row.record)) for row in rows), kind, total=len(rows))
     return rows.keep(np.array([earlier is None for earlier in repeats]), DUPLICATES[kind])
-
-
-# -- leakage ----------------------------------------------------------------------------------------------------------
-
-
-def prompt_text(record: Canonical) -> str:
-    """The text that identifies a record: what the user opened with, or the document.
-
-    A short opening ("你好") says nothing; then all the user wrote counts.
-    """
-    if isinstance(record, Text):
-        return record.text
-    messages = record.messages if isinstance(record, Conversation) else record.prompt  # also prompts.Prompt
-    texts = [message["content"] for message in messages if message["role"] == "user"]
-    return texts[0] if texts and len(texts[0]) >= 8 else "\n".join(texts)
-
-
-def prompt_hash(record: Canonical) -> int:
-    """64 bits of sha256 over the prompt, blind to case, width, white space and punctuation."""
-    text = unicodedata.normalize("NFKC", prompt_text(record)).lower()
-    text = NEITHER_LETTER_NOR_DIGIT.sub("", text)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-NEITHER_LETTER_NOR_DIGIT = re.compile(r"[\W_]+")
-
-
-def load_seen_prompts(directory: str | Path | None) -> np.ndarray:
-    """Hashes a stage directory carries from itself and its ancestors; empty for a plain base model."""
-    path = Path(directory, SEEN_PROMPTS) if directory else None
-    return np.load(path, allow_pickle=False) if path and path.is_file() else np.empty(0, dtype=np.uint64)
 
 
 # -- kinds ------------------------------------------------------------------------------------------------------------

@@ -5,14 +5,8 @@ write_dataset runs that over all rows, keeps the account, and writes what comes 
 """
 
 import dataclasses
-import multiprocessing
-import os
-import signal
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -20,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from stagekit.ledger import NO_ROOM, REFUSED, Ledger, Rejected
+from stagekit.parallel import map_in_order, num_cores
 from stagekit.records import Conversation, RowError
 from stagekit.rows import Row, Rows
 from stagekit.tokenization import IGNORE_INDEX, Sample, count_thoughtful
@@ -211,7 +206,7 @@ def plan_chunks(sizes: np.ndarray) -> list[tuple[int, int]]:
 
 
 def map_chunks(rows: Rows, work: Callable[[list[Row]], T], num_workers: int | None) -> Iterator[tuple[int, T]]:
-    """Do some work on all rows, chunk by chunk, in several processes; at most two chunks each are under way.
+    """Do some work on all rows, chunk by chunk; see parallel.map_in_order.
 
     Args:
         rows: of a split.
@@ -226,42 +221,8 @@ def map_chunks(rows: Rows, work: Callable[[list[Row]], T], num_workers: int | No
     """
     chunks = plan_chunks(rows.sizes())
     workers = min(num_workers or (num_cores() if len(rows) >= SMALL else 1), len(chunks))
-    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
-        yield from ((start, work(rows[start:end])) for start, end in chunks)
-        return
-    global _task  # forked processes inherit it, so that rows need not travel
-    _task = (rows, work)
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet) as pool:
-        waiting, left = deque(), deque(chunks)
-        try:
-            while waiting or left:
-                while left and len(waiting) < 2 * workers:
-                    waiting.append((left[0][0], pool.submit(_do, *left.popleft())))
-                start, future = waiting.popleft()
-                yield start, future.result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process that works on the data was killed, as happens when memory runs out; try fewer of them "
-                f"({max(1, workers // 2)} in place of {workers}: --preprocessing_num_workers, --num_workers)"
-            ) from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _do(start, end):
-    rows, work = _task
-    return work(rows[start:end])
-
-
-def _quiet():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for (start, _), result in map_in_order(lambda chunk: work(rows[slice(*chunk)]), chunks, workers):
+        yield start, result
 
 
 def _record_batch(columns):

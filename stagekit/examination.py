@@ -14,7 +14,6 @@ import numpy as np
 from tqdm import tqdm
 
 from stagekit.contamination import Evaluations, Overlap
-from stagekit.data import prompt_hash
 from stagekit.duplicates import NEAR, Repeats, Signature, digest, readable, sign
 from stagekit.encoding import map_chunks
 from stagekit.fitting import UNLIMITED, Fit
@@ -23,6 +22,7 @@ from stagekit.pair_metrics import mean_interval, wilson_interval
 from stagekit.personal_data import find_personal_data
 from stagekit.records import Preference, Ranking, RowError
 from stagekit.rows import Rows
+from stagekit.seen_prompts import prompt_hash
 from stagekit.texts import language_of, messages_of, texts_of
 
 FORMAT = 1  # of what examine returns and --json writes; raise it when a key changes its meaning
@@ -39,7 +39,7 @@ class Facts:
 
     Attributes:
         chars: characters of all its texts.
-        prompt: data.prompt_hash.
+        prompt: seen_prompts.prompt_hash.
         digest, signature: of duplicates, over prompt and answers.
         language: see texts.language_of; switched: the answers are in the other of Chinese and English than the prompt.
         roles: messages by role.
@@ -84,7 +84,7 @@ def examine(
     """Look at all rows of a stage.
 
     Args:
-        rows: of data.load_rows.
+        rows: of reading.load_rows.
         ledger: their data.Ledger; what the stage would use and drop at the first limit is filled in.
         stage: "pt", "sft", "rm", "dpo", "orpo", "ppo" or "grpo".
         fit: what fitting.make_fitter returned, or None to count characters instead of tokens.

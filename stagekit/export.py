@@ -25,7 +25,7 @@ from stagekit.checkpoint import (
     write_stage,
 )
 from stagekit.commandline import command_line
-from stagekit.data import SEEN_PROMPTS
+from stagekit.seen_prompts import SEEN_PROMPTS
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,10 @@ class Row:
     record: Canonical
     origin: str
 
+    def packed(self) -> bytes:
+        """The row as a spool keeps it."""
+        return pickle.dumps((self.record, self.origin), protocol=5)
+
 
 class Spool:
     """A temporary file of rows, and what must be known of each without reading it.
@@ -30,7 +34,7 @@ class Spool:
     A forked process reads the same file: pread has no position that two could move.
 
     Attributes:
-        prompts: (num_rows,) uint64, data.prompt_hash of each.
+        prompts: (num_rows,) uint64, seen_prompts.prompt_hash of each.
         groups: (num_rows,) uint64, equal for records that must stay on one side when data is held out.
         parts: (num_rows,) int64, index of the source in --train_file_dir.
         sources: for each row the numbers of the rows of the files it was made from.
@@ -47,9 +51,9 @@ class Spool:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def append(self, row: Row, prompt: int, part: int, sources: Iterable[int], group: int) -> None:
-        """Write a row behind the others."""
-        size = self.file.write(pickle.dumps((row.record, row.origin), protocol=5))
+    def append(self, packed: bytes, prompt: int, part: int, sources: Iterable[int], group: int) -> None:
+        """Write a row (Row.packed) behind the others."""
+        size = self.file.write(packed)
         self.offsets.append(self.offsets[-1] + size)
         self.prompts.append(prompt)
         self.parts.append(part)

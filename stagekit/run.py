@@ -52,6 +52,7 @@ from stagekit.modeling import (
 from stagekit.pairs import encode_pairs, encode_preference
 from stagekit.prompts import accept_prompt, encode_prompts
 from stagekit.records import Conversation
+from stagekit.seen_prompts import SEEN_PROMPTS, load_seen_prompts
 from stagekit.tokenization import Sample, preview, settle_thinking
 from stagekit.trainers import StageMixin
 
@@ -165,7 +166,7 @@ def load_data(run: Run, data_args, accept, encode_chunk, tokenizer, *settings):
     Args:
         run: what start_run returned; its data and hashes are filled in.
         data_args: DataArguments.
-        accept: see data.load_rows.
+        accept: see reading.load_rows.
         encode_chunk: see encoding.write_dataset.
         tokenizer: part of the cache key, with its chat template.
         *settings: whatever decides what encode_chunk yields (lengths, switches); part of the cache key.
@@ -195,7 +196,7 @@ def load_data(run: Run, data_args, accept, encode_chunk, tokenizer, *settings):
             if name == "train":
                 settle(ledger)  # held-out questions are asked in the way that is trained
             probes += found if name == "train" else found[:8]
-        np.save(directory / data.SEEN_PROMPTS, np.unique(splits.train.column("prompts")))
+        np.save(directory / SEEN_PROMPTS, np.unique(splits.train.column("prompts")))
         splits.rejected.save(directory / data.REJECTED_ROWS)
         hashes = splits.validation.column("prompts").tolist()
         meta = {
@@ -218,7 +219,7 @@ def load_data(run: Run, data_args, accept, encode_chunk, tokenizer, *settings):
     meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
     datasets = {name: Dataset.from_file(str(directory / f"{name}.arrow")) for name in meta["ledgers"]}
     show_data(run, meta)
-    run.train_hashes = data.load_seen_prompts(directory)
+    run.train_hashes = load_seen_prompts(directory)
     run.rejected_rows = directory / data.REJECTED_ROWS
     if said := settle(Ledger.from_dict(run.data["train"])):
         logger.info("%s", said)
@@ -406,8 +407,8 @@ def finish_run(trainer: StageMixin, run: Run, tokenizer) -> None:
     save_final(trainer, run, tokenizer)
     if trainer.is_world_process_zero():
         draw_curves(trainer.state.log_history, Path(args.output_dir, "curves.png"), run.stage)
-        seen = np.union1d(data.load_seen_prompts(run.source.directory), run.train_hashes)
-        np.save(Path(args.output_dir, data.SEEN_PROMPTS), seen)
+        seen = np.union1d(load_seen_prompts(run.source.directory), run.train_hashes)
+        np.save(Path(args.output_dir, SEEN_PROMPTS), seen)
         if args.do_eval:
             metrics["after"].update(trainer.report(Path(args.output_dir)))
         write_stage(args.output_dir, stage_record(run, trainer.model.config, metrics, measured))

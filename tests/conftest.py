@@ -146,13 +146,13 @@ def spooled(rows):
     """Rows as the stages read them, from a list of rows.Row."""
     import numpy as np
 
-    from stagekit.data import prompt_hash
     from stagekit.rows import Rows, Spool
+    from stagekit.seen_prompts import prompt_hash
 
     spool = Spool()
     for number, row in enumerate(rows):
         prompt = prompt_hash(row.record)
-        spool.append(row, prompt, 0, [number], prompt)
+        spool.append(row.packed(), prompt, 0, [number], prompt)
     spool.flush()
     return Rows(spool, np.arange(len(rows)))
 

@@ -12,7 +12,7 @@ from test_dpo_training import preferences, refused, train
 
 import dpo_training
 from stagekit.checkpoint import stage_fingerprint
-from stagekit.data import SEEN_PROMPTS
+from stagekit.seen_prompts import SEEN_PROMPTS
 
 FAST = ("--do_train", "--max_steps", "2", "--learning_rate", "1e-2", "--report_to", "none")
 

@@ -20,6 +20,7 @@ from stagekit.encoding import encode_samples, write_dataset
 from stagekit.pair_metrics import wilson_interval
 from stagekit.pairs import encode_pairs, encode_preference
 from stagekit.prompts import encode_prompts, fit_prompt
+from stagekit.reading import load_rows
 from stagekit.records import Conversation
 from stagekit.texts import language_of
 from stagekit.tokenization import document_control, encode_conversation, encode_document, prepare_chat, preview
@@ -111,7 +112,7 @@ ROWS = {"pt": TEXTS, "sft": TALKS, "rm": PAIRS, "dpo": PAIRS, "orpo": PAIRS, "pp
 def account(stage, path, chat, limit):
     """The ledger that the stage itself writes."""
     arguments = DataArguments(train_file_dir=str(path))
-    rows, ledger, rejected = data.load_rows([path], fitting.ACCEPT[stage], arguments)
+    rows, ledger, rejected = load_rows([path], fitting.ACCEPT[stage], arguments)
     control = document_control(chat.tokenizer)
     encode = {
         "pt": lambda record: (encode_document(control, chat.tokenizer, record.text, limit), 0),
@@ -143,7 +144,7 @@ def test_the_ledger_is_the_one_that_the_stage_writes(doctor, tmp_path, model, ch
 def test_the_limits_table_is_what_encoding_at_each_limit_gives(doctor, tmp_path, model, chat):
     found = doctor("sft", TALKS, "--max_length", "100,48,2048", model=model)
     assert [item["max_length"] for item in found["limits"]] == [100, 48, 2048] and found["max_length"] == 100
-    rows, _, _ = data.load_rows([tmp_path / "data" / "rows.jsonl"], data.accept_conversation, DataArguments("d"))
+    rows, _, _ = load_rows([tmp_path / "data" / "rows.jsonl"], data.accept_conversation, DataArguments("d"))
     for item in found["limits"]:
         made = [encode_conversation(chat, row.record, item["max_length"]) for row in rows]
         assert item["samples"] == sum(len(samples) for samples, _ in made)

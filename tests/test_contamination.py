@@ -3,8 +3,8 @@
 from conftest import write_jsonl
 
 from stagekit.contamination import Evaluations, Overlap, read_evaluations, runs_of
-from stagekit.data import prompt_hash
 from stagekit.records import Conversation, Text
+from stagekit.seen_prompts import prompt_hash
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

@@ -27,9 +27,9 @@ import eval_metrics
 from stagekit import generation, lm_eval_export, measuring
 from stagekit.benchmarks import read_benchmarks
 from stagekit.checkpoint import Source, stage_fingerprint
-from stagekit.data import prompt_hash
 from stagekit.formats import to_canonical
 from stagekit.journal import Journal
+from stagekit.seen_prompts import prompt_hash
 from stagekit.verdicts import proportion
 
 torch.set_num_threads(1)

@@ -24,8 +24,8 @@ from test_shipped_data import (
 )
 from test_shipped_data import load as load_records
 
-from stagekit.data import prompt_hash
 from stagekit.records import Preference, Text
+from stagekit.seen_prompts import prompt_hash
 
 SUBJECTS = {
     "zh": {"内科", "药理学", "解剖与生理", "急救", "儿科", "妇产科", "公共卫生", "检验与检查"},

@@ -30,8 +30,8 @@ from transformers import (
 from stagekit import generation, memory
 from stagekit.checkpoint import EXTENDED_VOCABULARY, base_fingerprint, file_sha256, resolve, write_stage
 from stagekit.commandline import run
-from stagekit.data import SEEN_PROMPTS
 from stagekit.modeling import add_adapter, load_config, load_model, model_class, whole_modules
+from stagekit.seen_prompts import SEEN_PROMPTS
 from stagekit.tokenization import document_control, encode_document
 from stagekit.vocabulary import (
     BYTE_LEVEL,

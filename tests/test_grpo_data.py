@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from test_shipped_data import READ_BY_STAGES
 
-from stagekit.data import prompt_hash
 from stagekit.files import find_files, read_records
 from stagekit.formats import to_canonical
 from stagekit.records import Conversation, Preference, Question, Ranking, RowError, Text
+from stagekit.seen_prompts import prompt_hash
 from tools.make_grpo_data import TEMPLATES, draw, files_to_write, fixed, is_ambiguous, main, make_item, make_items
 
 DATA = Path(__file__).resolve().parents[1] / "data"

@@ -16,13 +16,13 @@ MAY_IMPORT = {
     "stagekit.arguments": {"stagekit.commandline", "template"},
     "stagekit.benchmarks": {
         *("stagekit.choices", "stagekit.data", "stagekit.files", "stagekit.formats", "stagekit.prompts"),
-        *("stagekit.records",),
+        *("stagekit.records", "stagekit.seen_prompts"),
     },
     "stagekit.charts": set(),
     "stagekit.chat_tab": {"stagekit.generation", "stagekit.page", "stagekit.prompts"},
     "stagekit.chat_templates": {"template"},
     "stagekit.checkpoint": set(),
-    "stagekit.checks": {"stagekit.data", "stagekit.encoding", "stagekit.tokenization"},
+    "stagekit.checks": {"stagekit.encoding", "stagekit.seen_prompts", "stagekit.tokenization"},
     "stagekit.choices": {"stagekit.dialogues", "stagekit.records", "stagekit.rewards"},
     "stagekit.commandline": set(),
     "stagekit.comparisons": {"stagekit.dialogues", "stagekit.fields", "stagekit.records", "stagekit.transcripts"},
@@ -32,8 +32,8 @@ MAY_IMPORT = {
     },
     "stagekit.curves": set(),
     "stagekit.data": {
-        *("stagekit.choices", "stagekit.duplicates", "stagekit.files", "stagekit.formats", "stagekit.hub"),
-        *("stagekit.ledger", "stagekit.records", "stagekit.rows", "stagekit.texts", "stagekit.trees"),
+        *("stagekit.choices", "stagekit.duplicates", "stagekit.files", "stagekit.hub", "stagekit.ledger"),
+        *("stagekit.reading", "stagekit.records", "stagekit.rows", "stagekit.texts"),
     },
     "stagekit.dialogues": {"stagekit.html_answers", "stagekit.records"},
     "stagekit.docs_tab": {
@@ -43,13 +43,15 @@ MAY_IMPORT = {
     "stagekit.documents": set(),
     "stagekit.duplicates": set(),
     "stagekit.embedding": set(),
-    "stagekit.encoding": {"stagekit.ledger", "stagekit.records", "stagekit.rows", "stagekit.tokenization"},
-    "stagekit.examination": {
-        *("stagekit.contamination", "stagekit.data", "stagekit.duplicates", "stagekit.encoding", "stagekit.fitting"),
-        *("stagekit.ledger", "stagekit.pair_metrics", "stagekit.personal_data", "stagekit.records", "stagekit.rows"),
-        *("stagekit.texts",),
+    "stagekit.encoding": {
+        *("stagekit.ledger", "stagekit.parallel", "stagekit.records", "stagekit.rows", "stagekit.tokenization"),
     },
-    "stagekit.export": {"stagekit.checkpoint", "stagekit.commandline", "stagekit.data"},
+    "stagekit.examination": {
+        *("stagekit.contamination", "stagekit.duplicates", "stagekit.encoding", "stagekit.fitting", "stagekit.ledger"),
+        *("stagekit.pair_metrics", "stagekit.personal_data", "stagekit.records", "stagekit.rows"),
+        *("stagekit.seen_prompts", "stagekit.texts"),
+    },
+    "stagekit.export": {"stagekit.checkpoint", "stagekit.commandline", "stagekit.seen_prompts"},
     "stagekit.extraction": {"stagekit.documents"},
     "stagekit.fields": {"stagekit.dialogues", "stagekit.records", "stagekit.transcripts"},
     "stagekit.file_readers": {"stagekit.records"},
@@ -98,6 +100,7 @@ MAY_IMPORT = {
         *("stagekit.chat_templates", "stagekit.encoding", "stagekit.ledger", "stagekit.records"),
         *("stagekit.tokenization",),
     },
+    "stagekit.parallel": set(),
     "stagekit.perplexity": {"stagekit.likelihood"},
     "stagekit.personal_data": set(),
     "stagekit.ppo": {
@@ -110,6 +113,10 @@ MAY_IMPORT = {
     },
     "stagekit.prompts": {
         *("stagekit.choices", "stagekit.encoding", "stagekit.ledger", "stagekit.records", "stagekit.tokenization"),
+    },
+    "stagekit.reading": {
+        *("stagekit.choices", "stagekit.files", "stagekit.formats", "stagekit.ledger", "stagekit.parallel"),
+        *("stagekit.records", "stagekit.rows", "stagekit.seen_prompts", "stagekit.trees"),
     },
     "stagekit.records": set(),
     "stagekit.report": {"stagekit.checkpoint", "stagekit.report_evaluations", "stagekit.report_reading"},
@@ -125,11 +132,13 @@ MAY_IMPORT = {
     "stagekit.run": {
         *("stagekit.checkpoint", "stagekit.checks", "stagekit.commandline", "stagekit.curves", "stagekit.data"),
         *("stagekit.encoding", "stagekit.held_out", "stagekit.ledger", "stagekit.memory", "stagekit.modeling"),
-        *("stagekit.pairs", "stagekit.prompts", "stagekit.records", "stagekit.tokenization", "stagekit.trainers"),
+        *("stagekit.pairs", "stagekit.prompts", "stagekit.records", "stagekit.seen_prompts", "stagekit.tokenization"),
+        *("stagekit.trainers",),
     },
     "stagekit.scoring": {
         *("stagekit.arguments", "stagekit.checkpoint", "stagekit.modeling", "stagekit.pairs", "stagekit.tokenization"),
     },
+    "stagekit.seen_prompts": {"stagekit.records"},
     "stagekit.serving": {"stagekit.generation", "stagekit.tokenization"},
     "stagekit.texts": {"stagekit.duplicates", "stagekit.prompts", "stagekit.records"},
     "stagekit.tokenization": {"stagekit.chat_templates", "stagekit.modeling", "stagekit.records", "template"},
@@ -216,6 +225,8 @@ def test_reading_data_needs_no_model_library():
         "file_readers",
         "files",
         "hub",
+        "reading",
+        "rows",
         "data",
         "checkpoint",
         "prediction",
@@ -233,4 +244,4 @@ def test_all_files_of_the_project_are_looked_at():
     assert {"template", "pretraining", "stagekit", "stagekit.run", "tools.build_starter_model"} <= set(ARROWS)
     assert ARROWS["pretraining"] >= {"stagekit.arguments", "stagekit.run"}
     assert ARROWS["stagekit.run"] >= {"stagekit.checks", "stagekit.data"}
-    assert ARROWS["stagekit.checks"] >= {"stagekit.data"}
+    assert ARROWS["stagekit.data"] >= {"stagekit.reading"}

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from stagekit import export, generation, modeling
 from stagekit.checkpoint import base_fingerprint, relative, resolve, stage_fingerprint, write_stage
 from stagekit.commandline import run
-from stagekit.data import SEEN_PROMPTS
 from stagekit.modeling import generation_settings, merge_adapter
 from stagekit.scoring import load_reward_model, score_answers
+from stagekit.seen_prompts import SEEN_PROMPTS
 from stagekit.tokenization import encode_prompt
 from tools import merge_adapter as tool
 from tools.merge_adapter import add_rounding_noise, difference, main, merge_is_exact, parse_args, round_weights

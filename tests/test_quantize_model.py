@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from stagekit import export
 from stagekit.checkpoint import base_fingerprint, resolve, write_stage
 from stagekit.commandline import run
-from stagekit.data import SEEN_PROMPTS
+from stagekit.seen_prompts import SEEN_PROMPTS
 from tools import quantize_model as tool
 from tools.quantize_model import find_programs, main, parse_args, read_texts
 

@@ -22,8 +22,9 @@ from test_reward_modeling import pairs, train
 import rejection_sampling
 from stagekit import checkpoint, generation, rewards, scoring
 from stagekit.arguments import DataArguments
-from stagekit.data import accept_conversation, accept_preference, load_rows
+from stagekit.data import accept_conversation, accept_preference
 from stagekit.formats import to_canonical
+from stagekit.reading import load_rows
 from stagekit.records import Conversation, Preference, RowError
 
 torch.set_num_threads(1)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from stagekit.data import prompt_hash
 from stagekit.files import find_files, read_records
 from stagekit.formats import to_canonical
 from stagekit.records import Conversation, Preference, Question, Ranking, RowError, Text
+from stagekit.seen_prompts import prompt_hash
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 FOLDERS = ("pretrain", "finetune", "reward", "eval")

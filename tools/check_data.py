@@ -145,13 +145,15 @@ def main(args: argparse.Namespace) -> None:
     """Read, examine, print, write."""
     from stagekit.arguments import DataArguments
     from stagekit.contamination import read_evaluations
-    from stagekit.data import find_sources, load_rows
+    from stagekit.data import find_sources
     from stagekit.examination import FORMAT, examine, judge
     from stagekit.fitting import ACCEPT, DEFAULT_LIMITS, make_fitter
+    from stagekit.reading import load_rows
 
     tokenizer, chat = load_chat(args) if args.model_name_or_path else (None, None)
     evaluations = read_evaluations(args.against) if args.against else None
     same = {name: getattr(args, name) for name in READING}
+    same["preprocessing_num_workers"] = args.num_workers
     reading = DataArguments(train_file_dir=args.data, on_bad_row="report", **same)
     rows, ledger, rejected = load_rows(find_sources(reading).train, ACCEPT[args.stage], reading)
     default = DEFAULT_LIMITS[args.stage]
