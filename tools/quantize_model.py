@@ -155,7 +155,7 @@ def read_texts(path: str, limit: int) -> list[str]:
     from stagekit.data import accept_text
     from stagekit.files import find_files, read_records
     from stagekit.formats import to_canonical
-    from stagekit.records import RowError
+    from stagekit.records import RowError, Unused
 
     texts = []
     for file in find_files(path):
@@ -166,6 +166,8 @@ def read_texts(path: str, limit: int) -> list[str]:
                 if isinstance(record, RowError):
                     raise record
                 texts.append(accept_text(to_canonical(record)[0]).text)
+            except Unused:
+                continue
             except RowError as error:
                 raise ValueError(f"{file}:{line}: {error}") from None
     return texts
