@@ -28,6 +28,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.table import hardware, publish
+from stagekit.parallel import num_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {
@@ -189,16 +190,10 @@ def main():
         found = {(way, number): [] for number in processes for way in args.ways.split(",")}
         for _ in range(args.rounds):
             for (way, number), results in found.items():
-                flags = ["--measure", way, "--num_processes", str(number), "--directory", directory]
-                flags += [
-                    "--data_file",
-                    args.data_file,
-                    "--tokenizer",
-                    args.tokenizer,
-                    "--max_length",
-                    str(args.max_length),
-                ]
-                command = [sys.executable, "-m", "benchmarks.tokenization", *flags]
+                flags = {"measure": way, "num_processes": number, "directory": directory, "data_file": args.data_file}
+                flags |= {"tokenizer": args.tokenizer, "max_length": args.max_length}
+                command = [sys.executable, "-m", "benchmarks.tokenization"]
+                command += [f"--{name}={value}" for name, value in flags.items()]
                 results.append(run_watched(command))
         publish(table(args, given, found), args.output)
 
@@ -240,22 +235,26 @@ def table(args, given, found) -> list[str]:
         "| processes | way | rows/s | against this project | tokens | learnt tokens | peak memory (MB) |",
         "|---:|---|---:|---:|---:|---:|---:|",
     ]
+    seconds = {key: statistics.median(result["seconds"] for result in results) for key, results in found.items()}
     for (way, number), results in found.items():
-        seconds = statistics.median(result["seconds"] for result in results)
-        own = statistics.median(result["seconds"] for result in found.get(("own", number), results))
+        own = seconds.get(("own", number))
+        ratio = "" if way == "own" or not own else compared(seconds[way, number], own)
         peak = statistics.median(result["peak"] for result in results) / 1e6
-        ratio = (
-            ""
-            if way == "own"
-            else f"{seconds / own:.1f} times slower"
-            if seconds > own
-            else f"{own / seconds:.1f} times faster"
-        )
         lines.append(
-            f"| {number} | {WAYS[way]} | {rows / seconds:,.0f} | {ratio} | {results[0]['tokens']:,} | "
+            f"| {number} | {WAYS[way]} | {rows / seconds[way, number]:,.0f} | {ratio} | {results[0]['tokens']:,} | "
             f"{results[0]['trained']:,} | {peak:,.0f} |"
         )
+    most = max(number for _, number in found)
+    others = [way for way, number in found if way != "own" and number == 1]
+    if ("own", most) in found and most == num_cores() and others:
+        ratios = "; ".join(f"{WAYS[way]} is {compared(seconds[way, 1], seconds['own', most])}" for way in others)
+        lines += ["", f"As they come, this project with all {most} cores and the others with one process: {ratios}."]
     return lines
+
+
+def compared(seconds, own):
+    """How a way compares with this project, in words."""
+    return f"{seconds / own:.1f} times slower" if seconds > own else f"{own / seconds:.1f} times faster"
 
 
 if __name__ == "__main__":
