@@ -17,6 +17,7 @@ from stagekit.choices import answer_text, options_text, question_text
 from stagekit.files import find_files
 from stagekit.hub import fetch_dataset
 from stagekit.ledger import DUPLICATES, NOT_DRAWN, NOT_MIXED, Ledger, Rejected
+from stagekit.parallel import choose_workers
 from stagekit.reading import load_rows
 from stagekit.records import (
     Canonical,
@@ -88,10 +89,10 @@ def load_splits(data_args, accept, seed: int, sources: Sources | None = None) ->
         validation_files = []
     weights = mixing_weights(data_args.mixing_weights, names)
     rows, ledger, rejected = load_rows(sources.train, accept, data_args, sources.parts)
-    rows = drop_duplicates(rows, data_args.dedup)
+    rows = drop_duplicates(rows, data_args.dedup, data_args.preprocessing_num_workers)
     if validation_files:
         held_out, held_out_ledger, more = load_rows(validation_files, accept, data_args)
-        held_out = drop_duplicates(held_out, data_args.dedup)
+        held_out = drop_duplicates(held_out, data_args.dedup, data_args.preprocessing_num_workers)
         rejected.take(more)
     else:
         rows, held_out = hold_out(rows, data_args.validation_split_percentage / 100, seed)
@@ -221,18 +222,22 @@ def mix(
     return rows.order(np.sort(np.concatenate(taken), kind="stable"), NOT_MIXED), shares
 
 
-def drop_duplicates(rows: Rows, kind: str) -> Rows:
+def drop_duplicates(rows: Rows, kind: str, num_workers: int | None = None) -> Rows:
     """Keep the first of rows that say the same.
 
     Args:
+        rows: of a split.
         kind: "none"; "exact": the same texts; "near": also nearly the same (see duplicates.py).
+        num_workers: processes for "near"; None: one for each core, if the data is worth it.
     """
     if kind == "none":
         return rows
     from stagekit.duplicates import find_repeats
     from stagekit.texts import texts_of
 
-    repeats = find_repeats(("\n".join(texts_of(row.record)) for row in rows), kind, total=len(rows))
+    texts = ("\n".join(texts_of(row.record)) for row in rows)
+    workers = 1 if kind == "exact" else choose_workers(num_workers, len(rows))
+    repeats = find_repeats(texts, kind, total=len(rows), num_workers=workers)
     return rows.keep(np.array([earlier is None for earlier in repeats]), DUPLICATES[kind])
 
 

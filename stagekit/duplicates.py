@@ -32,12 +32,15 @@ from itertools import islice
 
 import numpy as np
 
+from stagekit.parallel import map_in_order
+
 NEAR = 0.8
 GRAM = 5
 NUM_HASHES = 128
 RECALL = 0.95  # share of the pairs exactly at the threshold that the tables must find; above it they find more
 SAMPLE = 512  # 5-grams by which two texts are compared
 CROWD = 16  # texts remembered under one band: rows of one template share bands, and comparing all would never end
+PART_CHARS = 200_000  # of texts that a process looks at, at a time
 BLOCK = 4096  # grams hashed at a time: 2 MB of numbers, however long the text
 # Scripts without blanks between words: Thai to Burmese, Khmer, kana, Han, and Han beyond the basic plane.
 _SOLID = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U000323af"
@@ -195,7 +198,7 @@ def find_repeats(
         mode: "exact" or "near" (which includes exact).
         threshold: least similarity of near duplicates.
         total: number of texts, for the progress bar.
-        num_workers: processes that compute signatures; None or 1 works in this one.
+        num_workers: processes that look at the texts; None or 1: this one does.
         description: for the progress bar.
 
     Raises:
@@ -210,19 +213,26 @@ def _find_repeats(texts, repeats, total, num_workers, description):
     from tqdm import tqdm
 
     look = digest_and_sign if repeats.threshold else _digest_alone
-    progress = {"total": total, "desc": description, "unit": "row", "mininterval": 0.5}
-    if not num_workers or num_workers == 1:
-        yield from (_index(repeats.find(*look(text))) for text in tqdm(texts, **progress))
-        return
-    import multiprocessing
+    if not num_workers or num_workers < 2:
+        found = map(look, texts)
+    else:
+        parts = map_in_order(lambda part: [look(text) for text in part], _parts(texts), num_workers)
+        found = (item for _, part in parts for item in part)
+    for item in tqdm(found, total=total, desc=description, unit="row", mininterval=0.5):
+        earlier = repeats.find(*item)
+        yield None if earlier is None else earlier[0]
 
-    with multiprocessing.get_context("fork").Pool(num_workers) as pool:
-        for found in tqdm(pool.imap(look, texts, chunksize=64), **progress):
-            yield _index(repeats.find(*found))
 
-
-def _index(found):
-    return None if found is None else found[0]
+def _parts(texts):
+    """Lists of texts, of about PART_CHARS each."""
+    part, size = [], 0
+    for text in texts:
+        part.append(text)
+        size += len(text)
+        if size >= PART_CHARS:
+            yield part
+            part, size = [], 0
+    yield part
 
 
 def digest_and_sign(text: str) -> tuple[bytes, Signature]:

@@ -14,14 +14,13 @@ from typing import TypeVar
 import numpy as np
 
 from stagekit.ledger import NO_ROOM, REFUSED, Ledger, Rejected
-from stagekit.parallel import map_in_order, num_cores
+from stagekit.parallel import choose_workers, map_in_order
 from stagekit.records import Conversation, RowError
 from stagekit.rows import Row, Rows
 from stagekit.tokenization import IGNORE_INDEX, Sample, count_thoughtful
 
 T = TypeVar("T")
 CHUNK_ROWS, CHUNK_BYTES = 1000, 8 << 20  # rows encoded, and packed, together: what packs depends on no other setting
-SMALL = 2000  # rows below which starting more processes costs more than it saves
 NUM_PROBES = 64
 TOKENS = {"input_ids", "labels", "lengths", "prompt_ids"} | {
     f"{side}_{name}" for side in ("chosen", "rejected") for name in ("ids", "labels")
@@ -220,7 +219,7 @@ def map_chunks(rows: Rows, work: Callable[[list[Row]], T], num_workers: int | No
         ValueError: a process was killed.
     """
     chunks = plan_chunks(rows.sizes())
-    workers = min(num_workers or (num_cores() if len(rows) >= SMALL else 1), len(chunks))
+    workers = min(choose_workers(num_workers, len(rows)), len(chunks))
     for (start, _), result in map_in_order(lambda chunk: work(rows[slice(*chunk)]), chunks, workers):
         yield start, result
 

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 S, T = TypeVar("S"), TypeVar("T")
+SMALL = 2000  # rows below which starting more processes costs more than it saves
 
 
 def map_in_order(work: Callable[[S], T], items: Iterable[S], num_workers: int) -> Iterator[tuple[S, T]]:
@@ -59,6 +60,11 @@ def _do(item):
 def _quiet():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def choose_workers(num_workers: int | None, num_rows: int) -> int:
+    """As many processes as asked for; None: one for each core, if there are rows enough."""
+    return num_workers or (num_cores() if num_rows >= SMALL else 1)
 
 
 def num_cores() -> int:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "stagekit.curves": set(),
     "stagekit.data": {
         *("stagekit.choices", "stagekit.duplicates", "stagekit.files", "stagekit.hub", "stagekit.ledger"),
-        *("stagekit.reading", "stagekit.records", "stagekit.rows", "stagekit.texts"),
+        *("stagekit.parallel", "stagekit.reading", "stagekit.records", "stagekit.rows", "stagekit.texts"),
     },
     "stagekit.dialogues": {"stagekit.html_answers", "stagekit.records"},
     "stagekit.docs_tab": {
@@ -41,7 +41,7 @@ MAY_IMPORT = {
         *("stagekit.tokenization",),
     },
     "stagekit.documents": set(),
-    "stagekit.duplicates": set(),
+    "stagekit.duplicates": {"stagekit.parallel"},
     "stagekit.embedding": set(),
     "stagekit.encoding": {
         *("stagekit.ledger", "stagekit.parallel", "stagekit.records", "stagekit.rows", "stagekit.tokenization"),
