@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from conftest import conversations, spooled, write_jsonl
 
-from stagekit import reading
 from stagekit.arguments import DataArguments
 from stagekit.data import (
     accept_conversation,
@@ -25,7 +24,6 @@ from stagekit.data import (
     hold_out,
     load_splits,
 )
-from stagekit.files import find_files
 from stagekit.ledger import NOT_DRAWN, UNREADABLE, Ledger, Rejected
 from stagekit.prompts import Prompt, accept_prompt
 from stagekit.reading import load_rows
@@ -331,46 +329,6 @@ def test_duplicates_left_out_are_no_part_of_what_is_held_out(tmp_path):
     )
     assert (train.read, train.used, dict(train.dropped)) == (35, 15, {"exact duplicate (--dedup)": 20})
     assert (held_out.read, held_out.used, dict(held_out.dropped)) == (5, 5, {})
-
-
-def test_several_processes_read_what_one_reads(tmp_path, monkeypatch):
-    """Rows, trees over several rows, rows without use and rows that cannot be read, in several files."""
-    monkeypatch.setattr(reading, "BATCH_BYTES", 300)
-    message = {"lang": "en", "deleted": False, "review_result": True}
-    tree = [
-        {**message, "message_id": "m1", "parent_id": None, "role": "prompter", "text": "Q"},
-        *(
-            {
-                **message,
-                "message_id": f"a{rank}",
-                "parent_id": "m1",
-                "role": "assistant",
-                "text": f"A{rank}",
-                "rank": rank,
-            }
-            for rank in range(3)
-        ),
-        {**message, "message_id": "x", "parent_id": "gone", "role": "assistant", "text": "lost"},
-    ]
-    talks = [{"instruction": f"question {n}", "output": f"answer {n} " * (n % 7)} for n in range(60)]
-    for name, rows in (("a", talks), ("b", [*tree[2:], {"x": 1}, *tree[:2]]), ("c", talks[:3])):
-        lines = [json.dumps(row) for row in rows]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, "{broken"]), encoding="utf-8")
-    files, found = find_files(str(tmp_path)), []
-    for num_workers in (1, 3):
-        args = arguments(tmp_path, on_bad_row="skip", preprocessing_num_workers=num_workers)
-        rows, ledger, rejected = load_rows(files, accept_conversation, args, parts=[0, 1, 2])
-        columns = [rows.column(name).tolist() for name in ("prompts", "groups", "parts")]
-        rejected.save(tmp_path / "rejected")
-        sources = [list(rows.spool.sources[i] for i in rows.spool.source_range(n)) for n in range(len(rows))]
-        written = (tmp_path / "rejected").read_text(encoding="utf-8")
-        found.append((list(rows), columns, sources, rows.settle(ledger).to_dict(), rejected.first, written))
-    assert found[0] == found[1]
-    rows, columns, sources, ledger, _, _ = found[0]
-    # 60 and 3 rows without those whose answer is empty (every seventh), and three threads of one tree
-    assert len(rows) == 51 + 2 + 3 and ledger["read"] == 61 + 7 + 4 and ledger["dropped"]["unreadable"] == 4
-    assert [row.origin.rpartition("/")[2] for row in rows[51:54]] == ["b.jsonl:5"] * 3
-    assert {tuple(sorted(source)) for source in sources[51:54]} == {(61, 62, 65, 66)}
 
 
 def test_a_row_of_a_file_counts_as_used_if_anything_made_of_it_is():
