@@ -21,6 +21,12 @@ from stagekit.records import RowError
 from stagekit.tokenization import document_control, encode_conversation, encode_document, prepare_chat
 
 SOUND = {"instruction": "发烧怎么办？", "output": "多休息，多喝水。"}
+ASKED = "发烧怎么办？" * 20
+LENGTHY = (
+    {"instruction": ASKED, "output": "多休息。"},
+    {"prompt": ASKED, "chosen": "多休息。", "rejected": "不管它。"},
+    {"prompt": "发烧怎么办？", "chosen": ASKED, "rejected": "不管它。"},
+)
 LONG = "持续高热要及时就医。" * 350_000  # 10 MB
 
 
@@ -67,7 +73,9 @@ def nested(depth):
 
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    st.lists(st.one_of(damaged(), damaged(), ANYTHING, VALUES, st.just(SOUND)), min_size=1, max_size=9),
+    st.lists(
+        st.one_of(damaged(), damaged(), ANYTHING, VALUES, st.sampled_from([SOUND, *LENGTHY])), min_size=1, max_size=9
+    ),
     st.sampled_from(["pt", "sft", "rm", "ppo"]),
     st.sampled_from([24, 60, 400]),
     st.integers(0, 30),
@@ -80,6 +88,12 @@ def test_rows_read_are_rows_used_and_rows_dropped(tmp_path_factory, chat, record
 def test_so_they_are_with_records_of_any_size_and_depth(tmp_path, chat, name):
     deep = [{"text": nested(900)}, {"text": "x", "other": nested(400)}, {**SOUND, "input": float("nan")}]
     account(tmp_path, chat, [{**SOUND, "note": LONG}, *deep, {**SOUND, "output": LONG[:100_000]}], name, 60, 3)
+
+
+@pytest.mark.parametrize("name", ["pt", "sft", "rm", "ppo"])
+def test_so_they_are_with_records_that_do_not_fit(tmp_path, chat, name):
+    short = {"prompt": "发烧？", "chosen": "休息。", "rejected": "不管。"}
+    account(tmp_path, chat, [*LENGTHY, short, SOUND], name, 24, 0)
 
 
 def account(directory, chat, records, name, limit, cut):
