@@ -262,6 +262,8 @@ def prepare_output_dir(output_dir: str, rejected) -> Path:
 
     path = make_directory(output_dir, "--output_dir")
     rejected.save(path / REJECTED_ROWS)
+    if rejected.count:
+        logger.warning("rows that were left out, and why: %s", path / REJECTED_ROWS)
     return path
 
 

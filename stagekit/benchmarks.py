@@ -11,6 +11,7 @@ from stagekit.choices import first_option, is_choice, question_text, to_choice
 from stagekit.data import draw_positions
 from stagekit.files import file_name, file_type, find_files, read_records
 from stagekit.formats import to_canonical
+from stagekit.ledger import Rejected
 from stagekit.prompts import Prompt, accept_prompt
 from stagekit.records import Choice, Preference, Ranking, RowError, Text
 from stagekit.seen_prompts import prompt_hash
@@ -105,11 +106,10 @@ def read_benchmarks(
         raise ValueError(f"{data_file!r} names no file and no directory")
     names = unique_names(paths)
     found = [read_benchmark(path, name, task, first, system_prompt) for path, name in zip(paths, names, strict=True)]
-    rejected = [row for benchmark in found for row in benchmark.rejected]
-    if rejected and on_bad_row == "stop":
-        named = [f"{row['origin']}: {row['reason']}" for row in rejected[:10]]
-        rest = f"\n… and {len(rejected) - 10:,} more" if len(rejected) > 10 else ""
-        raise ValueError("\n".join(named) + rest + "\n(mend the data, or go on without such rows: --on_bad_row skip)")
+    rejected = Rejected(on_bad_row != "stop")
+    for row in (row for benchmark in found for row in benchmark.rejected):
+        rejected.add(**row)
+    rejected.check()
     for benchmark in found:
         if not benchmark.items:
             raise ValueError(f"{benchmark.path}: none of its rows could be read")

@@ -106,8 +106,8 @@ def load_splits(data_args, accept, seed: int, sources: Sources | None = None) ->
     return Splits(rows, held_out, ledger, held_out_ledger, rejected)
 
 
-def find_sources(data_args) -> Sources:
-    """Find the files that the arguments name; what is in a hub is downloaded.
+def find_sources(data_args, cache_dir: str | None = None) -> Sources:
+    """Find the files that the arguments name; what is in a hub is downloaded, to cache_dir or the hub's own cache.
 
     Raises:
         FileNotFoundError, ValueError: see files.find_files and hub.fetch_dataset.
@@ -118,7 +118,8 @@ def find_sources(data_args) -> Sources:
         for path in find_files(name):
             found.setdefault(path, number)  # a file named twice belongs to the first
     if data_args.dataset_name:
-        for path in fetch_dataset(data_args.dataset_name, data_args.dataset_split, data_args.dataset_hub):
+        asked = (data_args.dataset_name, data_args.dataset_split, data_args.dataset_hub)
+        for path in fetch_dataset(*asked, cache_dir):
             found.setdefault(path, len(names))
         names.append(data_args.dataset_name)
     validation = find_files(data_args.validation_file_dir) if data_args.validation_file_dir else []
@@ -287,8 +288,7 @@ def accept_conversation(record: Canonical) -> Conversation | list[Conversation]:
     if isinstance(record, Preference):
         return Conversation([*record.prompt, *record.chosen], record.tools)
     if isinstance(record, Ranking):
-        best = record.answers[record.ranks.index(0)]
-        return Conversation([*record.prompt, *best], record.tools)
+        return Conversation([*record.prompt, *record.best], record.tools)
     if isinstance(record, Question | Choice | Rubric):
         if not record.answer:
             raise Unused("no answer in the data", "fine-tuning needs an answer, and this is a question alone")

@@ -85,7 +85,7 @@ def examine(
 
     Args:
         rows: of reading.load_rows.
-        ledger: their data.Ledger; what the stage would use and drop at the first limit is filled in.
+        ledger: their ledger.Ledger; what the stage would use and drop at the first limit is filled in.
         stage: "pt", "sft", "rm", "dpo", "orpo", "ppo" or "grpo".
         fit: what fitting.make_fitter returned, or None to count characters instead of tokens.
         count_tokens: length of an answer's text, in tokens or in characters.

@@ -51,7 +51,7 @@ def accept_prompt(record: Canonical) -> Prompt | list[Prompt]:
     if isinstance(record, Preference):
         return Prompt(record.prompt, record.chosen[-1]["content"], record.tools)
     if isinstance(record, Ranking):
-        return Prompt(record.prompt, record.answers[record.ranks.index(0)][-1]["content"], record.tools)
+        return Prompt(record.prompt, record.best[-1]["content"], record.tools)
     kind = "one message of a tree" if isinstance(record, Message) else "running text"
     raise RowError(f"this stage needs prompts (a question or a conversation), and this is {kind}")
 

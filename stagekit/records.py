@@ -134,6 +134,11 @@ class Ranking:
     ranks: list[int]
     tools: list[dict] | None = None
 
+    @property
+    def best(self) -> list[dict]:
+        """The first of the best answers."""
+        return self.answers[self.ranks.index(0)]
+
     def pairs(self) -> list[Preference]:
         """Every pair of answers of which one is better, best first."""
         order = sorted(range(len(self.ranks)), key=lambda index: self.ranks[index])

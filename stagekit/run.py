@@ -72,6 +72,7 @@ class Run:
     checks: checks.Checks
     resume: str | None = None
     overwrite: bool = False
+    cache_dir: str | None = None  # of downloads
     rejected_rows: Path | None = None  # file of rows that were left out, where there are such
     chat: object = None
     tuning: dict = field(default_factory=dict)
@@ -150,7 +151,8 @@ def start_run(stage: str, model_args, lora_args, run_args, training_args, *other
         check_output_dir(training_args.output_dir, run_args.overwrite_output_dir, bool(resume), source)
     parent = f", continues {source.directory} ({source.stage['stage']})" if source.stage else ""
     logger.info("%s: base %s%s", stage, source.base, parent)
-    return Run(stage, source, training_args, arguments, outcome, resume, run_args.overwrite_output_dir)
+    overwrite, cache_dir = run_args.overwrite_output_dir, model_args.cache_dir
+    return Run(stage, source, training_args, arguments, outcome, resume, overwrite, cache_dir)
 
 
 def given_arguments(args) -> dict:
@@ -209,7 +211,7 @@ def load_data(run: Run, data_args, accept, encode_chunk, tokenizer, *settings):
         }
         (directory / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
-    sources = data.find_sources(data_args)  # by every process: the hub's own locks let one download
+    sources = data.find_sources(data_args, run.cache_dir)  # by every process: the hub's own locks let one download
     without_effect = ("data_cache_dir", "preprocessing_num_workers", "max_leaked_percentage")
     reading = {name: value for name, value in vars(data_args).items() if name not in without_effect}
     kind = [run.stage, reading, seed, settings, DATA_VERSION]
@@ -249,7 +251,7 @@ def plan_questions(run: Run, answer_args, question_tokens: int, answer_tokens: i
 
 
 def take_questions(questions: list[dict], count: int) -> list[dict]:
-    """The first of the held-out questions that data.load_data chose.
+    """The first of the held-out questions that load_data chose.
 
     Raises:
         ValueError: there are none with an answer.

@@ -15,8 +15,8 @@ MAY_IMPORT = {
     "stagekit": set(),
     "stagekit.arguments": {"stagekit.commandline", "template"},
     "stagekit.benchmarks": {
-        *("stagekit.choices", "stagekit.data", "stagekit.files", "stagekit.formats", "stagekit.prompts"),
-        *("stagekit.records", "stagekit.seen_prompts"),
+        *("stagekit.choices", "stagekit.data", "stagekit.files", "stagekit.formats", "stagekit.ledger"),
+        *("stagekit.prompts", "stagekit.records", "stagekit.seen_prompts"),
     },
     "stagekit.charts": set(),
     "stagekit.chat_tab": {"stagekit.generation", "stagekit.page", "stagekit.prompts"},
