@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.utils import logging as transformers_logging
 
 from stagekit import checks, data, memory
@@ -383,6 +384,7 @@ def finish_run(trainer: StageMixin, run: Run, tokenizer) -> None:
     args = run.training_args
     metrics = {}
     if not args.do_train:
+        trainer.remove_callback(TensorBoardCallback)  # without training it would write to ./runs
         metrics["after"] = _measures(trainer.evaluate())
         save_held_out(trainer, metrics)
         _print_metrics(trainer, metrics)

@@ -3,12 +3,14 @@
 import gzip
 import json
 import os
+import re
 import sys
 import types
 
 import datasets
 import huggingface_hub
 import pytest
+from conftest import run_script
 
 from stagekit import hub
 from stagekit.files import read_records
@@ -169,6 +171,25 @@ def test_what_was_downloaded_before_is_used_when_the_hub_cannot_be_reached(tmp_p
     found = fetch_dataset("someone/medical:zh", cache_dir=str(cache) if given else None)
     assert found == [snapshot / "zh/a.jsonl", snapshot / "zh/b.jsonl"]
     assert "the hub cannot be reached; using what was downloaded before" in caplog.text
+
+
+def test_a_stage_looks_for_datasets_where_its_downloads_are_kept(tiny_qwen3, tmp_path):
+    """Offline, with what an earlier run left in --cache_dir; measured only, which leaves nothing where it is run."""
+    repository, work = tmp_path / "cache" / "datasets--someone--medical", tmp_path / "work"
+    fill(repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(COMMIT)
+    work.mkdir()
+    (tmp_path / "held_out.txt").write_text("second")
+    flags = ("--dataset_name", "someone/medical:zh", "--model_name_or_path", tiny_qwen3, "--block_size", "64")
+    flags += ("--validation_file_dir", tmp_path / "held_out.txt", "--output_dir", tmp_path / "pt", "--use_cpu", "True")
+    homes = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets_cache")}
+    given = ("--cache_dir", tmp_path / "cache", "--do_eval")
+    found = run_script("pretraining.py", *flags, *given, cwd=work, env=homes)
+    assert "using what was downloaded before" in found.stderr and re.search(r"rows read +2\n", found.stderr)
+    assert list(work.iterdir()) == []
+    refused = run_script("pretraining.py", *flags, cwd=work, env={**homes, "HF_HOME": str(tmp_path)}, check=False)
+    assert refused.returncode == 2 and "the hub https://huggingface.co cannot be reached" in refused.stderr
 
 
 def test_the_files_of_a_split_are_downloaded_and_no_others(tmp_path, monkeypatch):
