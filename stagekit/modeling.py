@@ -452,9 +452,7 @@ def _tell_untrained_rows(source, model, lora):
         return
     lacking = OUTPUT_HEADS if has_score_head(model.get_base_model()) else ()
     needed = [name for name in extended["embeddings"]["modules"] if name not in lacking]
-    targets = (
-        lora.target_modules if isinstance(lora.target_modules, set | list) else ()
-    )  # a word for all linear layers
+    targets = lora.target_modules if isinstance(lora.target_modules, set | list) else ()  # else a word for all of them
     trained = {name.rpartition(".")[2] for name in (*(lora.modules_to_save or ()), *targets)}
     if not trained.issuperset(needed):
         logger.warning(
